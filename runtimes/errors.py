@@ -1,0 +1,50 @@
+"""Errors of what runs and measures a bundle.
+
+GochuError (profiles/errors.py)
+├── BundleError             exit 3: not a bundle, or one that is damaged
+│   ├── ChecksumError       exit 3: a file's bytes are not those that were exported
+│   └── UnsafePath          exit 3: a manifest's path leaves its folder
+├── PromptError             exit 3: the prompt cannot be used (empty, longer than the context)
+├── TemplateError           exit 3: the chat template fails or asks for what the sandbox forbids
+└── EngineError             exit 6: the engine failed while it loaded or ran the model
+"""
+
+from profiles.errors import GochuError, MissingExtra, UsageError
+
+__all__ = [
+    "BundleError",
+    "ChecksumError",
+    "EngineError",
+    "GochuError",
+    "MissingExtra",
+    "PromptError",
+    "TemplateError",
+    "UnsafePath",
+    "UsageError",
+]
+
+
+class BundleError(GochuError):
+    """The folder is not a bundle, or its manifest does not hold together."""
+
+
+class ChecksumError(BundleError):
+    """A file of the bundle has changed since it was exported."""
+
+
+class UnsafePath(BundleError):
+    """A path in the manifest points outside the bundle's folder."""
+
+
+class PromptError(GochuError):
+    """The prompt cannot be run: empty, or longer than the context."""
+
+
+class TemplateError(GochuError):
+    """The chat template is malformed, refuses the messages, or was stopped by the sandbox."""
+
+
+class EngineError(GochuError):
+    """The engine could not load or run the model."""
+
+    exit_code = 6
