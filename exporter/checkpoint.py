@@ -158,7 +158,7 @@ def _check_tensors(
     """Every tensor that the architecture has is there with its shape and a float dtype, and no other."""
     columns = {name: shape[1] for name, shape in arch.matrices()}
     rows: dict[str, int] = {}
-    for name, source in places.items():
+    for source in places.values():
         if source.tensor not in tensors:
             raise CheckpointError(f"{path}: tensor {source.tensor} is missing: the checkpoint is incomplete")
         rows[source.tensor] = rows.get(source.tensor, 0) + source.rows

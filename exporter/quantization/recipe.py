@@ -1,0 +1,83 @@
+"""Which tensor gets which scheme: ordered rules over canonical names, the first that matches wins."""
+
+import tomllib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from exporter.architecture import Architecture
+from exporter.errors import RecipeError
+from exporter.quantization.algorithms import find_algorithm
+from exporter.quantization.scheme import Scheme, fit_scheme, parse_scheme
+
+
+class Rule(BaseModel):
+    """Tensors whose canonical name matches `match` (shell wildcards) get `scheme` by `algorithm`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    match: str
+    scheme: str
+    algorithm: str = "rtn"
+    reason: str = ""
+
+
+class Recipe(BaseModel):
+    """Ordered rules. As TOML: `name`, then a `[[rules]]` table for each rule."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
+
+    @classmethod
+    def uniform(cls, scheme: str, algorithm: str = "rtn") -> "Recipe":
+        """One scheme for every weight matrix."""
+        return cls(name=scheme, rules=(Rule(match="*", scheme=scheme, algorithm=algorithm),))
+
+    def resolve(self, arch: Architecture) -> dict[str, "Decision"]:
+        """What each weight matrix of `arch` becomes; RecipeError if a rule or a tensor is left over.
+
+        A tied head is the embedding: rules for `head` are then not missed.
+        """
+        decisions: dict[str, Decision] = {}
+        used = {rule for rule in self.rules if rule.match == "head"}
+        for name, (_, inputs) in arch.matrices():
+            rule = next((rule for rule in self.rules if fnmatchcase(name, rule.match)), None)
+            if rule is None:
+                raise RecipeError(f"recipe {self.name}: no rule matches {name}; end with a rule for '*'")
+            used.add(rule)
+            find_algorithm(rule.algorithm)
+            scheme, note = fit_scheme(parse_scheme(rule.scheme), inputs)
+            decisions[name] = Decision(scheme, rule.algorithm, note or rule.reason)
+        if idle := [rule.match for rule in self.rules if rule not in used]:
+            raise RecipeError(
+                f"recipe {self.name}: the rule for {idle[0]!r} decides nothing; correct or drop it"
+            )
+        return decisions
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one tensor becomes; `note` says why it is not what the rest is."""
+
+    scheme: Scheme
+    algorithm: str
+    note: str = ""
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from a TOML file; RecipeError names the first thing that is wrong."""
+    try:
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return Recipe.model_validate(data)
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not TOML: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(f"recipe {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -1,0 +1,173 @@
+"""Round to nearest: the integers that are nearest once the scales are chosen.
+
+Two ways to choose a scale: `absmax` maps the largest weight of a group to the largest integer; `mse`
+looks for the scale whose rounded group has the least squared error. For integers q, the best scale is
+Σqw / Σq², and the error left is Σw² - (Σqw)² / Σq²; so a few starting scales are tried, and the one whose
+integers explain most of the group wins with the scale that suits them best (weighted least squares as in
+llama.cpp's Q4_0, github.com/ggml-org/llama.cpp, ggml-quants.c, make_qx_quants).
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.checkpoint import Matrix
+from exporter.errors import CheckpointError, RecipeError
+from exporter.quantization.scheme import Scheme
+from exporter.quantization.tensor import QuantizedTensor, pack4, round_scales
+from exporter.safetensors import to_float32
+
+Quantized = tuple[QuantizedTensor, float, float]  # with its relative squared error and largest error
+_BLOCK = 1 << 17  # weights at a time: three float32 buffers of it stay in a core's cache
+_TRIALS = (1.05, 0.98, 0.92, 0.87, 0.82, 0.76, 0.70)  # starting scales, in absmax / largest integer
+
+
+def quantize_mse(matrix: Matrix, scheme: Scheme) -> Quantized:
+    """Round to nearest with the scales of least squared error (floats are only converted)."""
+    return _quantize(matrix, scheme, _search if scheme.bits == 4 else _absmax)
+
+
+def quantize_absmax(matrix: Matrix, scheme: Scheme) -> Quantized:
+    """Round to nearest with absmax scales: the quickest."""
+    return _quantize(matrix, scheme, _absmax)
+
+
+def _quantize(matrix: Matrix, scheme: Scheme, choose: Callable[..., NDArray[np.float32]]) -> Quantized:
+    """Work through row blocks in parallel; every block is independent of the others."""
+    outputs, inputs = matrix.shape
+    if scheme.is_integer:
+        groups = inputs // scheme.group if scheme.group else 1
+        data = np.empty((outputs, inputs * scheme.bits // 8), np.uint8)
+        scales: NDArray[np.float32] | None = np.empty((outputs, groups), np.float32)
+    else:
+        data, scales = np.empty(matrix.shape, np.float16 if scheme.bits == 16 else np.float32), None
+
+    def block(start: int) -> tuple[float, float, float]:
+        stop = min(start + step, outputs)
+        stored = matrix.rows(start, stop)
+        if scales is None:
+            return _convert(matrix.name, stored, data[start:stop])
+        packed, scales[start:stop], figures = _round(matrix.name, stored, scheme, choose)
+        data[start:stop] = packed
+        return figures
+
+    step = max(1, _BLOCK // inputs)
+    figures = np.array(list(_pool().map(block, range(0, outputs, step))))
+    squared, power, worst = figures[:, 0].sum(), figures[:, 1].sum(), figures[:, 2].max()
+    tensor = QuantizedTensor(matrix.name, scheme, matrix.shape, data, scales)
+    return tensor, float(squared / power) if power else 0.0, float(worst)
+
+
+def _convert(name: str, stored: NDArray[Any], out: NDArray[Any]) -> tuple[float, float, float]:
+    """Store floats as floats; Σ(w-q)², Σw², max|w-q|."""
+    weights = to_float32(stored)
+    with np.errstate(over="ignore"):
+        out[...] = weights
+    if not np.isfinite(out).all():
+        if np.isfinite(weights).all():
+            raise RecipeError(
+                f"{name} has weights above 65504, which float16 cannot hold: use int8, int4 or fp32"
+            )
+        raise _not_finite(name)
+    difference = (weights - out).ravel()
+    flat = weights.ravel()
+    return float(difference @ difference), float(flat @ flat), float(np.abs(difference).max(initial=0))
+
+
+def _round(
+    name: str, stored: NDArray[Any], scheme: Scheme, choose: Callable[..., NDArray[np.float32]]
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], tuple[float, float, float]]:
+    """Scales and packed integers of a row block [rows, inputs], and its error figures as `_convert`.
+
+    Groups lie across the columns here, [group, number of groups]: a sum over a group is then a sum of
+    long vectors, which is what processors and numpy do fast.
+    """
+    rows, inputs = stored.shape
+    size = scheme.group or inputs
+    across = stored.reshape(-1, size).T
+    w = _scratch(0, across.shape)
+    if stored.dtype == np.uint16:  # bfloat16: the upper half of a float32
+        bits = w.view(np.uint32)
+        np.copyto(bits, across)
+        np.left_shift(bits, 16, out=bits)
+    else:
+        np.copyto(w, across)
+    top, bottom = w.max(axis=0), w.min(axis=0)
+    absmax = np.maximum(top, -bottom)
+    if not np.isfinite(absmax).all():
+        raise _not_finite(name)
+    low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
+    scales = choose(w, absmax, low, high)
+    q = _rounded(w, scales, low, high, _scratch(1, w.shape))
+    error = np.multiply(q, scales, out=_scratch(2, w.shape))
+    np.subtract(w, error, out=error)
+    flat, flat_error = w.ravel(), error.ravel()
+    figures = (
+        float(flat_error @ flat_error),
+        float(flat @ flat),
+        float(max(error.max(initial=0), -error.min(initial=0))),
+    )
+    q -= low
+    biased = np.ascontiguousarray(q.astype(np.uint8).T).reshape(rows, inputs)
+    return pack4(biased) if scheme.bits == 4 else biased, scales.reshape(rows, -1), figures
+
+
+def _rounded(
+    w: NDArray[np.float32], scales: NDArray[np.float32], low: int, high: int, out: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The integers (as float32) nearest to w / scales. [group, n], scales [n]."""
+    np.multiply(w, np.float32(1) / scales, out=out)
+    np.rint(out, out=out)
+    return np.clip(out, low, high, out=out)
+
+
+def _absmax(w: NDArray[np.float32], absmax: NDArray[np.float32], low: int, high: int) -> NDArray[np.float32]:
+    return round_scales(absmax / np.float32(high))
+
+
+def _search(w: NDArray[np.float32], absmax: NDArray[np.float32], low: int, high: int) -> NDArray[np.float32]:
+    """Scales [n] of least squared error for groups [group, n]; see the module's text."""
+    best = round_scales(absmax / np.float32(high))
+    explained = np.full_like(absmax, -1)
+    product = _scratch(2, w.shape)
+    for trial in _TRIALS:
+        q = _rounded(w, np.maximum(absmax * np.float32(trial / high), 1e-30), low, high, _scratch(1, w.shape))
+        qw = np.multiply(q, w, out=product).sum(axis=0)
+        qq = np.multiply(q, q, out=product).sum(axis=0)
+        score = qw * qw / np.maximum(qq, np.float32(1e-30))
+        better = score > explained
+        np.copyto(explained, score, where=better)
+        np.copyto(best, qw / np.maximum(qq, np.float32(1e-30)), where=better)
+    return round_scales(best)
+
+
+def _not_finite(name: str) -> CheckpointError:
+    return CheckpointError(f"{name} has NaN or infinite values: the checkpoint is damaged, download it again")
+
+
+_local = threading.local()
+
+
+def _scratch(which: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """One of this thread's buffers, its contents undefined: allocating anew for each block costs page faults."""
+    size = int(np.prod(shape))
+    buffers: dict[int, NDArray[np.float32]] = _local.__dict__
+    if which not in buffers or buffers[which].size < size:
+        buffers[which] = np.empty(size, np.float32)
+    return buffers[which][:size].reshape(shape)
+
+
+def _pool() -> ThreadPoolExecutor:
+    """Threads for row blocks; numpy releases the interpreter's lock."""
+    global _threads
+    if _threads is None:
+        _threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="quantize")
+    return _threads
+
+
+_threads: ThreadPoolExecutor | None = None

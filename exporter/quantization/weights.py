@@ -1,0 +1,59 @@
+"""Where the verbs of the decoder find their weights, by canonical name."""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.checkpoint import Checkpoint
+from exporter.quantization.algorithms import find_algorithm
+from exporter.quantization.recipe import Decision
+from exporter.quantization.tensor import QuantizedTensor
+from runtimes.bundle import TensorReport
+
+
+class Weights(Protocol):
+    """Quantized matrices [outputs, inputs] and float32 vectors (norms, biases) under canonical names."""
+
+    def matrix(self, name: str) -> QuantizedTensor:
+        """A weight matrix."""
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A norm's weight or a bias."""
+
+
+class QuantizedWeights:
+    """A checkpoint's weights, quantized when asked for; each is reported once in `reports`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        decisions: Mapping[str, Decision],
+        progress: Callable[[str, int], None] = lambda name, weights: None,
+    ) -> None:
+        self._checkpoint, self._decisions, self._progress = checkpoint, decisions, progress
+        self.reports: dict[str, TensorReport] = {}
+
+    def matrix(self, name: str) -> QuantizedTensor:
+        """Read, quantize and report one weight matrix."""
+        decision = self._decisions[name]
+        source = self._checkpoint.matrix(name)
+        tensor, error, worst = find_algorithm(decision.algorithm)(source, decision.scheme)
+        self.reports[name] = TensorReport(
+            name=name,
+            scheme=decision.scheme.name,
+            algorithm=decision.algorithm if decision.scheme.is_integer else "convert",
+            shape=tensor.shape,
+            bytes=tensor.nbytes,
+            error=error,
+            max_error=worst,
+            digest=tensor.digest(),
+            note=decision.note,
+        )
+        self._progress(name, tensor.shape[0] * tensor.shape[1])
+        return tensor
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """Read one norm's weight or bias."""
+        return self._checkpoint.vector(name)

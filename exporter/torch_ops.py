@@ -1,0 +1,131 @@
+"""The decoder on tensors: the reference that every format is held against."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from exporter.architecture import Architecture
+from exporter.decoder import decoder
+from exporter.quantization.tensor import QuantizedTensor
+from exporter.quantization.weights import Weights
+
+_WEIGHTS_AT_ONCE = 1 << 24  # dequantized weights of one matrix in memory, 64 MB in float32
+
+
+class TorchOps:
+    """The verbs of `decoder.Ops` on float32 tensors, with a KV cache.
+
+    Weights are dequantized when they are used and forgotten again, so memory holds one layer's at most.
+    `int8_activations`: round the inputs of linears as a scheme's activations say (one scale per token and
+    group, absmax / 127); off, they stay float32.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        weights: Weights,
+        context: int,
+        int8_activations: bool = False,
+        last_only: bool = False,
+    ) -> None:
+        self.arch, self.weights, self.context = arch, weights, context
+        self.int8_activations, self.last_only = int8_activations, last_only
+        self.past = 0  # tokens in the KV cache
+        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
+        cos, sin = arch.rope.tables(context)
+        self._cos, self._sin = torch.from_numpy(cos), torch.from_numpy(sin)
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor) -> Tensor:
+        """Logits [batch, length or 1, vocab] of token ids [batch, length] after those already run."""
+        logits = decoder(self, self.arch, tokens)
+        self.past += tokens.shape[1]
+        return logits
+
+    def embed(self, tokens: Tensor, weight: str) -> Tensor:
+        table = self.weights.matrix(weight)
+        ids, places = np.unique(tokens.numpy(), return_inverse=True)
+        rows = np.stack([table.dequantize(i, i + 1)[0] for i in ids])
+        return torch.from_numpy(rows)[torch.from_numpy(places).reshape(tokens.shape)]
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def rms_norm(self, x: Tensor, weight: str) -> Tensor:
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.arch.norm_eps)
+        return normed * torch.from_numpy(self.weights.vector(weight))
+
+    def linear(self, x: Tensor, weight: str) -> Tensor:
+        matrix = self.weights.matrix(weight)
+        if self.int8_activations and matrix.scheme.activations == "int8":
+            x = round_activations(x, matrix.scheme.group or x.shape[-1])
+        step = max(1, _WEIGHTS_AT_ONCE // matrix.shape[1])
+        parts = [functional.linear(x, _rows(matrix, i, i + step)) for i in range(0, matrix.shape[0], step)]
+        y = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        if weight.partition(".")[2].partition(".")[2] in self.arch.biases:
+            y = y + torch.from_numpy(self.weights.vector(weight + ".bias"))
+        return y
+
+    def linears(self, x: Tensor, weights: Sequence[str]) -> list[Tensor]:
+        return [self.linear(x, weight) for weight in weights]
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.arch.activation == "silu":
+            return functional.silu(gate) * up
+        return functional.gelu(gate, approximate="tanh") * up
+
+    def last(self, x: Tensor) -> Tensor:
+        return x[:, -1:] if self.last_only else x
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        return cap * torch.tanh(x / cap)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        arch, batch, length = self.arch, q.shape[0], q.shape[1]
+        q = self._rotate(q.view(batch, length, arch.heads, arch.head_dim).transpose(1, 2))
+        k = self._rotate(k.view(batch, length, arch.kv_heads, arch.head_dim).transpose(1, 2))
+        v = v.view(batch, length, arch.kv_heads, arch.head_dim).transpose(1, 2)
+        if layer in self._cache:
+            k, v = (torch.cat(pair, 2) for pair in zip(self._cache[layer], (k, v), strict=True))
+        self._cache[layer] = (k, v)
+        shared = arch.heads // arch.kv_heads
+        scores = q @ k.repeat_interleave(shared, 1).transpose(2, 3) * arch.attention_scale
+        if arch.attention_softcap:
+            scores = self.softcap(scores, arch.attention_softcap)
+        queries = torch.arange(self.past, self.past + length)[:, None]
+        keys = torch.arange(k.shape[2])
+        seen = keys <= queries
+        if window := arch.windows[layer]:
+            seen &= keys > queries - window
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return (weights @ v.repeat_interleave(shared, 1)).transpose(1, 2).reshape(batch, length, -1)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """Rotary embedding of [batch, heads, length, head_dim] at the current positions."""
+        here = slice(self.past, self.past + x.shape[2])
+        cos, sin, dim = self._cos[here], self._sin[here], self.arch.rope.dim
+        first, second = x[..., : dim // 2], x[..., dim // 2 : dim]
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        return torch.cat((rotated, x[..., dim:]), -1) if dim < x.shape[-1] else rotated
+
+
+def round_activations(x: Tensor, group: int) -> Tensor:
+    """Round to int8 and back, one scale per group of the last dimension: absmax / 127, ties to even.
+
+    What onnxruntime's MatMulNBits does at accuracy level 4 (microsoft/onnxruntime, mlas, sqnbitgemm).
+    """
+    size = x.shape[-1]
+    groups = functional.pad(x, (0, -size % group)).unflatten(-1, (-1, group))
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    inverse = torch.where(scales > 0, 1 / scales, 0)
+    return ((groups * inverse).round() * scales).flatten(-2)[..., :size]
+
+
+def _rows(matrix: QuantizedTensor, start: int, stop: int) -> Tensor:
+    return torch.from_numpy(matrix.dequantize(start, stop))
