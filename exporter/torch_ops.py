@@ -59,7 +59,7 @@ class TorchOps:
 
     def rms_norm(self, x: Tensor, weight: str) -> Tensor:
         normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.arch.norm_eps)
-        return normed * torch.from_numpy(self.weights.vector(weight))
+        return normed * torch.tensor(self.weights.vector(weight))
 
     def linear(self, x: Tensor, weight: str) -> Tensor:
         matrix = self.weights.matrix(weight)

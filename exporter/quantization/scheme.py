@@ -60,9 +60,9 @@ def parse_scheme(name: str) -> Scheme:
         return Scheme(16 if name == "fp16" else 32)
     if match := _NAME.fullmatch(name):
         bits, group, channel = match.groups()
-        if channel:
-            return Scheme(4 if bits == "4" else 8, None)
-        if group is None or int(group) in GROUPS:
+        if channel and bits == "8":
+            return Scheme(8)
+        if not channel and (group is None or int(group) in GROUPS):
             return Scheme(4 if bits == "4" else 8, int(group or PORTABLE_GROUP), "int8")
     raise RecipeError(
         f"there is no scheme {name!r}: use one of {', '.join(SCHEMES)} (groups of {', '.join(map(str, GROUPS))})"
@@ -80,4 +80,4 @@ def fit_scheme(scheme: Scheme, inputs: int) -> tuple[Scheme, str]:
     for group in reversed(GROUPS):
         if group < scheme.group and inputs % group == 0:
             return Scheme(scheme.bits, group, scheme.activations), f"{why}: groups of {group}"
-    return Scheme(8, None), f"{why}, nor of a smaller group: 8 bits per channel"
+    return Scheme(8), f"{why}, nor of a smaller group: 8 bits per channel"

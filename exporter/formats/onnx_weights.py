@@ -1,0 +1,64 @@
+"""Read weights back out of an exported ONNX file, as the integers that were put in."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from exporter.formats.onnx import LAYOUT
+from exporter.quantization.scheme import Scheme
+from exporter.quantization.tensor import QuantizedTensor
+from runtimes.errors import BundleError
+
+
+class OnnxWeights:
+    """`Weights` over `graph` and its data file; each is read when asked for, nothing is kept."""
+
+    def __init__(self, graph: Path) -> None:
+        self._graph = graph
+        model = onnx.load(graph, load_external_data=False)
+        properties = {entry.key: entry.value for entry in model.metadata_props}
+        if LAYOUT not in properties:
+            raise BundleError(f"{graph} does not say where its weights are: it was not made by Gochu")
+        self._layout: dict[str, dict[str, Any]] = json.loads(properties[LAYOUT])
+        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def names(self) -> list[str]:
+        """Canonical names of all matrices."""
+        return [name for name, place in self._layout.items() if "bits" in place]
+
+    def matrix(self, name: str) -> QuantizedTensor:
+        """A weight matrix with its integers and scales."""
+        place = self._layout[name]
+        rows, inputs, bits, group = place["rows"], place["inputs"], place["bits"], place["group"]
+        scheme = Scheme(bits, group, place["activations"])
+        if not scheme.is_integer:
+            kind = np.float16 if bits == 16 else np.float32
+            return QuantizedTensor(name, scheme, (rows, inputs), self._rows(place, "", kind, inputs))
+        data = self._rows(place, "", np.uint8, inputs * bits // 8)
+        scales = self._rows(place, ".scales", np.float32, inputs // group if group else 1)
+        return QuantizedTensor(name, scheme, (rows, inputs), data, scales)
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A norm's weight or a bias."""
+        return self._rows(self._layout[name], "", np.float32, 1)[:, 0]
+
+    def _rows(self, place: dict[str, Any], suffix: str, kind: Any, columns: int) -> NDArray[Any]:
+        """`place`'s rows of an initializer, seen as [rows, columns] of `kind`."""
+        tensor = self._initializers[place["initializer"] + suffix]
+        start, count = place["row"] * columns, place["rows"] * columns
+        if not tensor.external_data:
+            whole = onnx.numpy_helper.to_array(tensor).reshape(-1)
+            return whole[start : start + count].reshape(-1, columns)
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        width = np.dtype(kind).itemsize
+        offset = int(where["offset"]) + start * width
+        with open(self._graph.parent / where["location"], "rb") as file:
+            file.seek(offset)
+            values = np.fromfile(file, kind, count)
+        if len(values) != count:
+            raise BundleError(f"{self._graph.parent / where['location']} is cut off; export the bundle again")
+        return values.reshape(-1, columns)
