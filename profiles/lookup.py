@@ -9,6 +9,7 @@ from profiles.errors import AmbiguousDevice, UnknownDevice
 from profiles.model import Chip, Device
 
 _IGNORED = {"Zs", "Zl", "Zp", "Pd", "Pc", "Cc", "Cf"}  # spaces, hyphens, underscores, what is not seen
+_ENDING = "[0-9a-z]{0,3}"  # what a * of a model code stands for: the U1 of SM-S928U1, or nothing
 _LONGEST = 60  # of a name that a message repeats or that is compared letter by letter
 
 
@@ -40,13 +41,13 @@ def normalized(name: str) -> str:
 def _by_model_code(key: str, devices: tuple[Device, ...]) -> list[Device]:
     """Devices with that model code; one that is spelt out goes before a pattern. The box of a phone with two
     SIM cards says SM-S928B/DS where the phone says SM-S928B."""
-    code = key.partition("/")[0]
+    code = key.removesuffix("/ds")
     exact, by_pattern = [], []
     for device in devices:
         patterns = [normalized(pattern) for pattern in device.model_codes]
         if code in patterns:
             exact.append(device)
-        elif any(code.startswith(p[:-1]) for p in patterns if p.endswith("*")):
+        elif any(re.fullmatch(re.escape(p[:-1]) + _ENDING, code) for p in patterns if p.endswith("*")):
             by_pattern.append(device)
     return exact or by_pattern
 

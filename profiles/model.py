@@ -14,7 +14,7 @@ GIB = 1 << 30
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Source = Annotated[str, StringConstraints(strip_whitespace=True, min_length=8)]
 Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
-# A model number as the system reports it; a final * stands for any ending, or none (SM-S928* is SM-S928U1).
+# A model number as the system reports it; a final * stands for up to three letters or digits (SM-S928U1).
 ModelCode = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ,.\-]+\*?$")]
 Count = Annotated[int, Field(strict=True, gt=0)]
 Amount = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]

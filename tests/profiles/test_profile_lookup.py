@@ -139,6 +139,8 @@ def test_near_miss(name: str, offered: str) -> None:
         ("", "empty"),
         ("  -_\u200b ", "empty"),
         ("qqqqqqqq", "GOCHU_PROFILES"),
+        ("SM-S928N and a case", "No device profile answers"),
+        ("SM-S921B/or another", "No device profile answers"),
         ("mt6989", "no device profile has"),
         ("Dimensity 9400", "no device profile has"),
         ("x" * 10_000, "xxx..."),
