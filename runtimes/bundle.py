@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from runtimes.errors import BundleError, ChecksumError, UnsafePath
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 
 
@@ -77,6 +77,17 @@ class Tokens(Strict):
     bos: TokenId | None = None
     eos: Annotated[tuple[TokenId, ...], Field(min_length=1)]
     pad: TokenId | None = None
+
+
+class Probe(Strict):
+    """A text and the ids it must become; `chat`: as a user's message, through the template.
+
+    A runtime on a phone checks its own tokenizer and template against these.
+    """
+
+    text: str
+    chat: bool
+    ids: tuple[TokenId, ...]
 
 
 class TensorSpec(Strict):
@@ -179,6 +190,7 @@ class Manifest(Strict):
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
     tokens: Tokens
     chat_template: str | None = None
+    probes: tuple[Probe, ...] = ()
     files: tuple[FileEntry, ...]
     gate: Gate
     measurements: tuple[dict[str, Any], ...] = ()

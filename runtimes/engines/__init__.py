@@ -1,0 +1,135 @@
+"""Engines execute a variant's files. Each has the same verbs: load, prefill, decode, reset.
+
+An engine is a module here with a function
+
+    load(bundle, variant, choice, *, context, threads) -> Engine
+
+and a line in `ENGINES`. No engine imports another.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from runtimes.bundle import Bundle, Choice, Variant
+from runtimes.errors import BundleError, MissingExtra, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Engine(Protocol):
+    """A loaded model with its KV cache. Not for use from several threads at once."""
+
+    choice: Choice  # the variant, and why this one
+    context: int  # tokens that the KV cache holds
+    vocab: int  # length of a row of logits
+    threads: int
+
+    @property
+    def position(self) -> int:
+        """Tokens in the KV cache."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Name and version of the library that executes the model."""
+        ...
+
+    def prefill(self, tokens: Sequence[int]) -> "np.ndarray":
+        """Append tokens to the KV cache; float32 logits [vocab] after the last of them.
+
+        May be called again and again: a conversation goes on where it stood. Raises PromptError if there
+        are none or more than fit, EngineError if the engine fails.
+        """
+        ...
+
+    def decode(self, token: int) -> "np.ndarray":
+        """Append one token; float32 logits [vocab] after it. PromptError if the context is full."""
+        ...
+
+    def reset(self, position: int = 0) -> None:
+        """Forget everything after the first `position` tokens."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back; the engine cannot be used after that."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Entry:
+    library: str  # what must be importable
+    extra: str  # which extra brings it
+
+
+ENGINES = {"onnxruntime": _Entry(library="onnxruntime", extra="run")}
+
+
+def choose_variant(bundle: Bundle, name: str | None = None) -> tuple[Variant, Choice]:
+    """The variant to run on this machine, and why: the one named, else the first that can run here.
+
+    Raises UsageError (no such variant), MissingExtra (its engine is not installed), BundleError (made for
+    chips that this machine does not have).
+    """
+    variants = bundle.manifest.variants
+    if name is not None:
+        named = next((v for v in variants if v.name == name), None)
+        if named is None:
+            known = ", ".join(v.name for v in variants)
+            raise UsageError(f"{bundle.path} has no variant {name!r}; it has {known}")
+        if hindrance := _hindrance(named):
+            raise hindrance
+        return named, Choice(topic="variant", value=named.name, reason="it was asked for by name")
+    hindrances: list[tuple[str, BundleError | MissingExtra]] = []
+    for variant in variants:
+        hindrance = _hindrance(variant)
+        if hindrance is None:
+            passed = "".join(f"; passed over {skipped}: {why}" for skipped, why in hindrances)
+            reason = f"the first that runs here ({variant.engine} on the CPU){passed}"
+            return variant, Choice(topic="variant", value=variant.name, reason=reason)
+        hindrances.append((variant.name, hindrance))
+    # What the user can mend comes first: an extra to install, before chips that are not there.
+    raise next((h for _, h in hindrances if isinstance(h, MissingExtra)), hindrances[0][1])
+
+
+def _hindrance(variant: Variant) -> BundleError | MissingExtra | None:
+    """Why the variant cannot run on this machine, or None if it can."""
+    if variant.chips:
+        return BundleError(
+            f"variant {variant.name} is for {', '.join(variant.chips)}, which this machine does not have; "
+            "run it on such a phone, or export one for the CPU"
+        )
+    entry = ENGINES.get(variant.engine)
+    if entry is None:
+        return BundleError(
+            f"variant {variant.name} needs the engine {variant.engine}, which this machine does not have; "
+            f"the engines here are {', '.join(ENGINES)}"
+        )
+    if importlib.util.find_spec(entry.library) is None:
+        return MissingExtra(
+            f"{entry.library} is not installed, and variant {variant.name} runs on it; "
+            f"install it with `pip install 'gochu[{entry.extra}]'`"
+        )
+    return None
+
+
+def open_engine(
+    bundle: Bundle, variant: str | None = None, *, context: int | None = None, threads: int | None = None
+) -> Engine:
+    """Load the variant named, or the first that this machine can run; `engine.choice` says why that one.
+
+    `context`: tokens to hold in the KV cache (default: all that the variant can). `threads`: default one for
+    each fast physical core. Raises UsageError, MissingExtra, BundleError or EngineError.
+    """
+    chosen, choice = choose_variant(bundle, variant)
+    if context is not None and not 1 <= context <= chosen.context:
+        raise UsageError(
+            f"a context of {context} tokens was asked for, but variant {chosen.name} holds 1 to {chosen.context}"
+        )
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads were asked for, but at least 1 is needed")
+    module = importlib.import_module(f"runtimes.engines.{chosen.engine}")
+    return module.load(bundle, chosen, choice, context=context or chosen.context, threads=threads)

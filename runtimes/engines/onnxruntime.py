@@ -1,0 +1,180 @@
+"""Run an ONNX variant with ONNX Runtime on the CPU.
+
+The KV cache is allocated once, [1, kv_heads, context, head_dim] for each layer's key and value, and bound as
+past *and* present: GroupQueryAttention then writes the new rows in place, and the length of the attention
+mask says how many rows count (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md).
+So nothing is copied from step to step, and going back to an earlier position is forgetting a number.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from runtimes import cpu
+from runtimes.bundle import Bundle, Choice, Variant
+from runtimes.errors import BundleError, EngineError, PromptError, UsageError
+from runtimes.extras import require
+
+CHUNK = 512  # tokens fed at once: bounds the activations of a long prompt
+LOGITS_LIMIT = 1 << 24  # values; a graph that returns logits of all tokens gets shorter chunks
+_FATAL = 4  # log severity: what goes wrong comes as an exception, not on the user's screen
+
+
+def load(
+    bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int | None
+) -> "OnnxRuntimeEngine":
+    """Open a variant made for ONNX Runtime; EngineError if its files are damaged."""
+    return OnnxRuntimeEngine(bundle, variant, choice, context=context, threads=threads)
+
+
+class OnnxRuntimeEngine:
+    """The verbs of `runtimes.engines.Engine` over an ONNX Runtime session."""
+
+    def __init__(
+        self, bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int | None
+    ) -> None:
+        ort = require("onnxruntime", "run")
+        kv = variant.kv_cache
+        if not kv.shared_buffer:
+            raise BundleError(
+                f"variant {variant.name} does not share its KV cache's buffers; export it again"
+            )
+        self.choice = choice
+        self.context = context
+        self.vocab = bundle.manifest.model.vocab
+        self.threads = threads or cpu.default_threads()
+        self._position = 0
+        self._version = f"onnxruntime {ort.__version__}"
+        self._name = variant.name
+
+        ort.set_default_logger_severity(_FATAL)
+        options = ort.SessionOptions()
+        options.log_severity_level = _FATAL
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.enable_mem_pattern = False  # shapes change with each token; a plan for each would pile up
+        path = bundle.file(variant.entry_points[0].file)
+        try:
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise EngineError(
+                f"ONNX Runtime cannot load variant {variant.name} ({_brief(error)}); export the bundle again"
+            ) from None
+        names = [f"{i}.{part}" for i in range(kv.layers) for part in ("key", "value")]
+        _check_graph(session, variant, names)
+
+        self._cache = {
+            name: ort.OrtValue.ortvalue_from_numpy(
+                np.zeros((1, kv.kv_heads, context, kv.head_dim), dtype=kv.dtype)
+            )
+            for name in names
+        }
+        self._chunk = CHUNK if variant.last_logits_only else max(1, min(CHUNK, LOGITS_LIMIT // self.vocab))
+        self._all_logits = not variant.last_logits_only
+        self._mask = np.ones((1, context), np.int64)
+        self._token = np.zeros((1, 1), np.int64)
+        self._logits = np.zeros((1, 1, self.vocab), np.float32)
+        self._session: Any = session
+        self._prefill = self._binding()
+        self._step = self._binding()
+        self._step.bind_cpu_input("input_ids", self._token)
+        _bind_output(self._step, "logits", self._logits)
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    @property
+    def version(self) -> str:
+        return self._version
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        self._check_room(len(tokens))
+        if len(tokens) == 0:
+            raise PromptError("there are no tokens to run; give a prompt that is not empty")
+        ids = np.asarray(tokens, np.int64)
+        if ids.min() < 0 or ids.max() >= self.vocab:
+            raise PromptError(
+                f"token {ids.min() if ids.min() < 0 else ids.max()} is not in the vocabulary of {self.vocab}"
+            )
+        logits = self._logits
+        for chunk in np.split(ids, range(self._chunk, len(ids), self._chunk)):
+            if self._all_logits:
+                logits = np.empty((1, len(chunk), self.vocab), np.float32)
+            _bind_output(self._prefill, "logits", logits)
+            self._prefill.bind_cpu_input("input_ids", chunk[None])
+            self._run(self._prefill, len(chunk))
+        return logits[0, -1].copy()
+
+    def decode(self, token: int) -> np.ndarray:
+        self._check_room(1)
+        if not 0 <= token < self.vocab:
+            raise PromptError(f"token {token} is not in the vocabulary of {self.vocab}")
+        self._token[0, 0] = token
+        self._run(self._step, 1)
+        return self._logits[0, 0].copy()
+
+    def reset(self, position: int = 0) -> None:
+        if not 0 <= position <= self._position:
+            raise UsageError(
+                f"cannot go back to position {position}: the KV cache holds {self._position} tokens"
+            )
+        self._position = position
+
+    def close(self) -> None:
+        self._session = self._prefill = self._step = None
+        self._cache.clear()
+
+    def _binding(self) -> Any:
+        """A binding with the KV cache in place; only tokens, mask and logits are left to bind."""
+        binding = self._session.io_binding()
+        for name, value in self._cache.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        return binding
+
+    def _check_room(self, count: int) -> None:
+        if self._session is None:
+            raise UsageError("the engine is closed; load the bundle again")
+        if self._position + count > self.context:
+            raise PromptError(
+                f"{self._position + count} tokens do not fit in the context of {self.context}; "
+                "shorten the prompt or open the model with a larger context"
+            )
+
+    def _run(self, binding: Any, count: int) -> None:
+        total = self._position + count
+        binding.bind_cpu_input("attention_mask", self._mask[:, :total])  # a view: nothing is copied
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise EngineError(
+                f"ONNX Runtime failed in variant {self._name} at token {total} ({_brief(error)}); "
+                "export the bundle again"
+            ) from None
+        self._position = total
+
+
+def _bind_output(binding: Any, name: str, array: np.ndarray) -> None:
+    binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+
+
+def _check_graph(session: Any, variant: Variant, names: list[str]) -> None:
+    """EngineError unless the graph has just the inputs and outputs that the manifest promises."""
+    inputs = {node.name for node in session.get_inputs()}
+    outputs = {node.name for node in session.get_outputs()}
+    wanted_inputs = {"input_ids", "attention_mask", *(f"past_key_values.{name}" for name in names)}
+    wanted_outputs = {"logits", *(f"present.{name}" for name in names)}
+    if strange := sorted((inputs ^ wanted_inputs) | (outputs ^ wanted_outputs)):
+        raise EngineError(
+            f"the graph of variant {variant.name} is not the one in its manifest "
+            f"({strange[0]} is in one of them alone); export the bundle again"
+        )
+
+
+def _brief(error: Exception) -> str:
+    """What ONNX Runtime says, in one line: without its codes, source lines and advice."""
+    text = " ".join(str(error).split()).removeprefix("[ONNXRuntimeError] : ")
+    text = text.split(" : ", 2)[-1]
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,22 @@
+"""Import a heavy library, or say in one line which extra brings it."""
+
+import importlib
+from types import ModuleType
+
+from runtimes.errors import MissingExtra
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import `module`, which `pip install 'gochu[extra]'` brings; MissingExtra if it is not installed.
+
+    An installed module that fails to import for a reason of its own raises that reason, not MissingExtra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        root = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != root:
+            raise
+        raise MissingExtra(
+            f"{root} is not installed; install it with `pip install 'gochu[{extra}]'`"
+        ) from None

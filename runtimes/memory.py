@@ -1,0 +1,70 @@
+"""Memory of this process, as the kernel counts it.
+
+`peak_rss` counts everything resident, the pages of mapped files too, which the system can take back at any
+time. `private` leaves those out (RssAnon + RssShmem): what a phone must have free, or it ends the app
+(https://docs.kernel.org/filesystems/proc.html, /proc/PID/status).
+"""
+
+import sys
+import threading
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+_INTERVAL = 0.005  # s
+
+
+def peak_rss() -> int | None:
+    """The largest resident set so far, in bytes; None where the system does not tell."""
+    if fields := _fields():
+        return fields["VmHWM"]
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None
+
+
+def private() -> int | None:
+    """Resident memory that is not a mapped file, in bytes; None where the system does not tell."""
+    fields = _fields()
+    return fields["RssAnon"] + fields["RssShmem"] if fields else None
+
+
+class PeakPrivate:
+    """Watches `private` from a thread while the `with` block runs; `.bytes` is the largest that it saw.
+
+    The kernel keeps no high-water mark of it, hence the thread; do not take times inside the block.
+    """
+
+    bytes: int | None
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakPrivate":
+        self.bytes = private()
+        if self.bytes is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bytes is not None:
+            self._stop.set()
+            self._thread.join()
+            self._look()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_INTERVAL):
+            self._look()
+
+    def _look(self) -> None:
+        self.bytes = max(self.bytes or 0, private() or 0)
+
+
+def _fields() -> dict[str, int]:
+    """The sizes in /proc/self/status, in bytes; empty where there is no such file."""
+    if not _STATUS.exists():
+        return {}
+    lines = (line.split() for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1:] == ["kB"]}

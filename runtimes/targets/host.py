@@ -1,0 +1,212 @@
+"""Measure on this machine.
+
+Each case runs in a process of its own, so that its memory is its own and nothing is warm that would be cold:
+`python -m runtimes.targets.host` reads a job as JSON from standard input and prints raw samples as JSON.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+
+from pydantic import ValidationError
+
+from runtimes import cpu, memory
+from runtimes.bundle import Bundle, Strict, Variant
+from runtimes.engines import choose_variant, open_engine
+from runtimes.errors import EngineError, GochuError, UsageError
+from runtimes.measurement import Figure, Measurement, Method, Place, Subject, measured
+from runtimes.workload import Case, Workload, preset, prompt_ids
+
+
+class Job(Strict):
+    """What the measuring process is told."""
+
+    bundle: str
+    variant: str
+    case: Case
+    context: int
+    threads: int
+    warmup: int
+    repeats: int
+
+
+class Samples(Strict):
+    """What the measuring process says. Times in seconds, one for each repeat; memory in bytes."""
+
+    load: float
+    prefill: tuple[float, ...]
+    first_token: tuple[float, ...]  # from the prompt's tokens to the first token of the answer
+    decode: tuple[float, ...]  # all further tokens together; empty if there were none
+    peak_memory: int | None
+    peak_private_memory: int | None
+    idle_memory: int | None  # private, before the engine and its library were loaded
+    engine: str
+
+
+def measure(
+    bundle_path: str | os.PathLike[str],
+    workload: Workload | str = "standard",
+    threads: int | None = None,
+    *,
+    variant: str | None = None,
+    context: int | None = None,
+) -> list[Measurement]:
+    """Measure a bundle on this machine, one measurement for each case of the workload.
+
+    Figures: load_time, ttft (s), prefill_speed, decode_speed (tokens/s), peak_memory and peak_private_memory
+    of the process, idle_memory of the process before it loaded the engine (bytes). `context`: length of the KV
+    cache, and the limit that cases are clipped to (default: all that the variant can).
+    """
+    bundle = Bundle.open(bundle_path)
+    chosen, _ = choose_variant(bundle, variant)
+    workload = preset(workload) if isinstance(workload, str) else workload
+    context = chosen.context if context is None else context
+    if not 1 <= context <= chosen.context:
+        raise UsageError(
+            f"a context of {context} was asked for, but variant {chosen.name} holds 1 to {chosen.context}"
+        )
+    threads = threads or cpu.default_threads()
+    found = []
+    for case, note in workload.clipped(context):
+        job = Job(
+            bundle=str(bundle.path.resolve()),
+            variant=chosen.name,
+            case=case,
+            context=context,
+            threads=threads,
+            warmup=workload.warmup,
+            repeats=workload.repeats,
+        )
+        found.append(_measurement(bundle, chosen, workload, job, note, _spawn(job)))
+    return found
+
+
+def run(job: Job) -> Samples:
+    """Do the measuring, in this process. It should be a fresh one."""
+    idle = memory.private()
+    ids = prompt_ids(job.case.prompt_tokens, Bundle.open(job.bundle).manifest.model.vocab)
+    with memory.PeakPrivate() as peak:
+        start = perf_counter()
+        engine = open_engine(Bundle.open(job.bundle), job.variant, context=job.context, threads=job.threads)
+        load = perf_counter() - start
+
+        def once() -> tuple[float, float, float]:
+            """Seconds of the prefill, until the first token, and of the decoding after that."""
+            engine.reset()
+            start = perf_counter()
+            logits = engine.prefill(ids)
+            prefilled = perf_counter()
+            token = int(logits.argmax())
+            first = perf_counter()
+            for _ in range(
+                job.case.new_tokens - 1
+            ):  # an end-of-text token does not end it: all runs are as long
+                token = int(engine.decode(token).argmax())
+            return prefilled - start, first - start, perf_counter() - first
+
+        for _ in range(job.warmup):
+            once()
+    runs = [once() for _ in range(job.repeats)]
+    return Samples(
+        load=load,
+        prefill=tuple(r[0] for r in runs),
+        first_token=tuple(r[1] for r in runs),
+        decode=tuple(r[2] for r in runs) if job.case.new_tokens > 1 else (),
+        peak_memory=memory.peak_rss(),
+        peak_private_memory=peak.bytes,
+        idle_memory=idle,
+        engine=engine.version,
+    )
+
+
+def _spawn(job: Job) -> Samples:
+    """Run a job in a process of its own; EngineError if that fails."""
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-m", "runtimes.targets.host"],
+        input=job.model_dump_json(),
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"},
+        check=False,
+    )
+    if done.returncode == 0:
+        try:
+            return Samples.model_validate_json(done.stdout)
+        except ValidationError:
+            raise EngineError(f"the measuring process printed no samples but {done.stdout[:200]!r}") from None
+    said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+    if done.returncode == GochuError.exit_code or done.returncode == EngineError.exit_code:
+        raise EngineError(said)
+    raise EngineError(
+        f"the measuring process ended with code {done.returncode} and said: {said}; "
+        "was there enough memory? try a shorter context"
+    )
+
+
+def _measurement(
+    bundle: Bundle, variant: Variant, workload: Workload, job: Job, note: str, samples: Samples
+) -> Measurement:
+    sizes = {entry.path: entry.size for entry in bundle.manifest.files}
+    return Measurement(
+        what=Subject(
+            model=bundle.manifest.model.name,
+            variant=variant.name,
+            format=variant.format,
+            scheme=variant.scheme,
+            bytes=sum(sizes[path] for path in variant.files),
+        ),
+        where=Place(
+            target="host",
+            device=cpu.name(),
+            os=f"{platform.system()} {platform.release()} {platform.machine()}",
+            engine=samples.engine,
+            threads=job.threads,
+        ),
+        how=Method(
+            workload=workload.name,
+            prompt_tokens=job.case.prompt_tokens,
+            new_tokens=job.case.new_tokens,
+            context=job.context,
+            warmup=job.warmup,
+            repeats=job.repeats,
+            notes=(note,) if note else (),
+        ),
+        figures=_figures(job.case, samples),
+        command=f"gochu bench {bundle.path.name} --workload {workload.name} --threads {job.threads}",
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _figures(case: Case, samples: Samples) -> tuple[Figure, ...]:
+    figures = [
+        measured("load_time", "s", [samples.load]),
+        measured("ttft", "s", samples.first_token),
+        measured("prefill_speed", "tokens/s", [case.prompt_tokens / s for s in samples.prefill]),
+    ]
+    if samples.decode:
+        speeds = [(case.new_tokens - 1) / s for s in samples.decode]
+        figures.append(measured("decode_speed", "tokens/s", speeds))
+    for name in ("peak_memory", "peak_private_memory", "idle_memory"):
+        if (size := getattr(samples, name)) is not None:
+            figures.append(measured(name, "bytes", [size]))
+    return tuple(figures)
+
+
+def main() -> int:
+    """The measuring process: a job on standard input, samples on standard output."""
+    try:
+        print(run(Job.model_validate_json(sys.stdin.read())).model_dump_json())
+    except GochuError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
