@@ -124,7 +124,7 @@ class SafetensorsReader:
         out = np.empty(
             (stop - start, *tensor.shape[1:]), {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[tensor.dtype]
         )
-        view, offset = memoryview(out).cast("B"), tensor.offset + start * columns * width
+        view, offset = memoryview(out.data).cast("B"), tensor.offset + start * columns * width
         while view:
             done = os.preadv(self._files[tensor.file], [view], offset)
             if not done:

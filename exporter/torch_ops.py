@@ -19,20 +19,15 @@ class TorchOps:
     """The verbs of `decoder.Ops` on float32 tensors, with a KV cache.
 
     Weights are dequantized when they are used and forgotten again, so memory holds one layer's at most.
-    `int8_activations`: round the inputs of linears as a scheme's activations say (one scale per token and
-    group, absmax / 127); off, they stay float32.
+    `round_activations`: round the inputs of linears where a weight's scheme has int8 activations (one scale
+    per token and group, absmax / 127); off, they stay float32.
     """
 
     def __init__(
-        self,
-        arch: Architecture,
-        weights: Weights,
-        context: int,
-        int8_activations: bool = False,
-        last_only: bool = False,
+        self, arch: Architecture, weights: Weights, context: int, round_activations: bool = True
     ) -> None:
-        self.arch, self.weights, self.context = arch, weights, context
-        self.int8_activations, self.last_only = int8_activations, last_only
+        self.arch, self.weights = arch, weights
+        self.round_activations = round_activations
         self.past = 0  # tokens in the KV cache
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
         cos, sin = arch.rope.tables(context)
@@ -44,6 +39,10 @@ class TorchOps:
         logits = decoder(self, self.arch, tokens)
         self.past += tokens.shape[1]
         return logits
+
+    def forget(self, layer: int) -> None:
+        """Drop a layer's keys and values, when no more tokens will come."""
+        self._cache.pop(layer, None)
 
     def embed(self, tokens: Tensor, weight: str) -> Tensor:
         table = self.weights.matrix(weight)
@@ -63,7 +62,7 @@ class TorchOps:
 
     def linear(self, x: Tensor, weight: str) -> Tensor:
         matrix = self.weights.matrix(weight)
-        if self.int8_activations and matrix.scheme.activations == "int8":
+        if self.round_activations and matrix.scheme.activations == "int8":
             x = round_activations(x, matrix.scheme.group or x.shape[-1])
         step = max(1, _WEIGHTS_AT_ONCE // matrix.shape[1])
         parts = [functional.linear(x, _rows(matrix, i, i + step)) for i in range(0, matrix.shape[0], step)]
@@ -81,7 +80,7 @@ class TorchOps:
         return functional.gelu(gate, approximate="tanh") * up
 
     def last(self, x: Tensor) -> Tensor:
-        return x[:, -1:] if self.last_only else x
+        return x
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
         return cap * torch.tanh(x / cap)

@@ -62,7 +62,9 @@ Value = str | Sum | Part
 class OnnxOps:
     """The verbs of `decoder.Ops` on names of ONNX values; weights go to `data` as they are met."""
 
-    def __init__(self, arch: Architecture, weights: Weights, context: int, data: BinaryIO, last_only: bool) -> None:
+    def __init__(
+        self, arch: Architecture, weights: Weights, context: int, data: BinaryIO, last_only: bool
+    ) -> None:
         self.arch, self.weights, self.last_only = arch, weights, last_only
         self._data = data
         self._nodes: list[Any] = []
@@ -97,7 +99,9 @@ class OnnxOps:
             scales = self._alias(f"{stored}.scales", "embedding.table.scales", [rows_, 1])
             return self._emit("Mul", [self._emit("Sub", [q, middle]), self._emit("Gather", [scales, ids])])
         table = self._alias(stored, "embedding.table", [rows_, inputs * tensor.scheme.bits // 8])
-        scales = self._alias(f"{stored}.scales", "embedding.table.scales", [rows_, inputs // tensor.scheme.group])
+        scales = self._alias(
+            f"{stored}.scales", "embedding.table.scales", [rows_, inputs // tensor.scheme.group]
+        )
         return self._emit(
             "GatherBlockQuantized",
             [table, ids, scales],
@@ -143,14 +147,26 @@ class OnnxOps:
         return [Part(whole, i) for i in range(len(tensors))]
 
     def attention(self, q: Value, k: Value, v: Value, layer: int) -> Value:
-        if isinstance(q, Part) and isinstance(k, Part) and isinstance(v, Part) and q.whole is k.whole is v.whole:
+        if (
+            isinstance(q, Part)
+            and isinstance(k, Part)
+            and isinstance(v, Part)
+            and q.whole is k.whole is v.whole
+        ):
             qkv = [q.whole.name, "", ""]
         else:
             qkv = [self._name(q), self._name(k), self._name(v)]
         out = self._fresh()
         self._node(
             "GroupQueryAttention",
-            [*qkv, *_cache_names("past_key_values", layer), self._last_index, self._total, "rope.cos", "rope.sin"],
+            [
+                *qkv,
+                *_cache_names("past_key_values", layer),
+                self._last_index,
+                self._total,
+                "rope.cos",
+                "rope.sin",
+            ],
             [out, *_cache_names("present", layer)],
             domain=_CONTRIB,
             num_heads=self.arch.heads,
@@ -207,7 +223,9 @@ class OnnxOps:
             )
         else:
             if bits <= 8:
-                middle = self._constant(f"middle{bits}.{outputs}", np.full(outputs, 2 ** (bits - 1), np.uint8))
+                middle = self._constant(
+                    f"middle{bits}.{outputs}", np.full(outputs, 2 ** (bits - 1), np.uint8)
+                )
                 weight = self._emit("DequantizeLinear", [stored, f"{stored}.scales", middle], axis=0)
             elif bits == 16:
                 weight = self._emit("Cast", [stored], to=TensorProto.FLOAT)
@@ -227,7 +245,10 @@ class OnnxOps:
         data = [tensor.data for tensor in tensors]
         if scheme.is_integer and scheme.group:
             self._external(
-                name, TensorProto.UINT8, [outputs, inputs // scheme.group, scheme.group * scheme.bits // 8], data
+                name,
+                TensorProto.UINT8,
+                [outputs, inputs // scheme.group, scheme.group * scheme.bits // 8],
+                data,
             )
             scales_shape = [outputs * (inputs // scheme.group)]
         elif scheme.is_integer:
@@ -266,7 +287,9 @@ class OnnxOps:
     def _constant(self, name: str, values: NDArray[Any]) -> str:
         if name not in self._initializers:
             if values.nbytes > _INLINE:
-                self._external(name, helper.np_dtype_to_tensor_dtype(values.dtype), list(values.shape), [values])
+                self._external(
+                    name, helper.np_dtype_to_tensor_dtype(values.dtype), list(values.shape), [values]
+                )
             else:
                 self._initializers[name] = onnx.numpy_helper.from_array(values, name)
         return name
@@ -313,13 +336,17 @@ class OnnxOps:
             return whole.parts[value.index]
         return value
 
-    def _emit(self, op: str, inputs: Sequence[str], name: str | None = None, domain: str = "", **attributes: Any) -> str:
+    def _emit(
+        self, op: str, inputs: Sequence[str], name: str | None = None, domain: str = "", **attributes: Any
+    ) -> str:
         """Add a node with one output; returns the output's name."""
         output = name or self._fresh()
         self._node(op, inputs, [output], domain, **attributes)
         return output
 
-    def _node(self, op: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: Any) -> None:
+    def _node(
+        self, op: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: Any
+    ) -> None:
         name = f"{op}_{len(self._nodes)}"
         self._nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
 
@@ -345,7 +372,9 @@ class OnnxOps:
         return model
 
 
-def write_onnx(arch: Architecture, weights: Weights, context: int, folder: Path, last_only: bool = True) -> EntryPoint:
+def write_onnx(
+    arch: Architecture, weights: Weights, context: int, folder: Path, last_only: bool = True
+) -> EntryPoint:
     """Write model.onnx and model.onnx.data into `folder`; returns the graph's one entry point.
 
     Memory is bounded by the largest weight (quantized), time by reading the checkpoint once.
@@ -361,7 +390,11 @@ def write_onnx(arch: Architecture, weights: Weights, context: int, folder: Path,
 def kv_cache(arch: Architecture) -> KVCache:
     """The cache's layout: float32, one buffer serves as past and present."""
     return KVCache(
-        layers=arch.layers, kv_heads=arch.kv_heads, head_dim=arch.head_dim, dtype="float32", shared_buffer=True
+        layers=arch.layers,
+        kv_heads=arch.kv_heads,
+        head_dim=arch.head_dim,
+        dtype="float32",
+        shared_buffer=True,
     )
 
 
@@ -371,7 +404,9 @@ def _entry_point(arch: Architecture, last_only: bool) -> EntryPoint:
         names = [name for i in range(arch.layers) for name in _cache_names(prefix, i)]
         return [TensorSpec(name=name, dtype="float32", shape=shape) for name in names]
 
-    logits = TensorSpec(name="logits", dtype="float32", shape=("batch", 1 if last_only else "length", arch.vocab))
+    logits = TensorSpec(
+        name="logits", dtype="float32", shape=("batch", 1 if last_only else "length", arch.vocab)
+    )
     return EntryPoint(
         name="decode",
         file=GRAPH,

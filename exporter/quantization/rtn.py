@@ -156,7 +156,7 @@ _local = threading.local()
 def _scratch(which: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """One of this thread's buffers, its contents undefined: allocating anew for each block costs page faults."""
     size = int(np.prod(shape))
-    buffers: dict[int, NDArray[np.float32]] = _local.__dict__
+    buffers: dict[int, NDArray[np.float32]] = _local.__dict__.setdefault("buffers", {})
     if which not in buffers or buffers[which].size < size:
         buffers[which] = np.empty(size, np.float32)
     return buffers[which][:size].reshape(shape)

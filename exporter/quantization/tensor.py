@@ -76,3 +76,8 @@ def pack4(biased: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """4-bit numbers q + 8, uint8 [rows, inputs] -> [rows, inputs/2], the first of a pair in the lower half."""
     pairs = np.ascontiguousarray(biased).view("<u2")  # one 16-bit operation packs a pair
     return (pairs | (pairs >> 4)).astype(np.uint8)
+
+
+def vector_digest(values: NDArray[np.float32]) -> str:
+    """SHA-256 of a norm's weight or a bias."""
+    return hashlib.sha256(np.ascontiguousarray(values).view(np.uint8).data).hexdigest()

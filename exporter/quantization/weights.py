@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from exporter.checkpoint import Checkpoint
 from exporter.quantization.algorithms import find_algorithm
 from exporter.quantization.recipe import Decision
-from exporter.quantization.tensor import QuantizedTensor
+from exporter.quantization.tensor import QuantizedTensor, vector_digest
 from runtimes.bundle import TensorReport
 
 
@@ -55,5 +55,16 @@ class QuantizedWeights:
         return tensor
 
     def vector(self, name: str) -> NDArray[np.float32]:
-        """Read one norm's weight or bias."""
-        return self._checkpoint.vector(name)
+        """Read and report one norm's weight or bias, which stays float32."""
+        values = self._checkpoint.vector(name)
+        self.reports[name] = TensorReport(
+            name=name,
+            scheme="fp32",
+            algorithm="convert",
+            shape=values.shape,
+            bytes=values.nbytes,
+            error=0.0,
+            max_error=0.0,
+            digest=vector_digest(values),
+        )
+        return values

@@ -1,0 +1,429 @@
+"""The command line: parses, calls the function that a Python user would call, and shows what came back.
+
+Nothing heavy is imported here: `gochu --help` answers at once. JSON goes to standard output, and so does
+text that a model generates; everything else goes to standard error.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from exporter.errors import GochuError
+
+if TYPE_CHECKING:
+    from exporter.quantization.recipe import Recipe
+    from runtimes.generate import Chat, Generation, Model
+
+app = typer.Typer(
+    name="gochu",
+    help="Small language models from a Hugging Face checkpoint to a phone. 작은 고추가 맵다.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+CheckpointArgument = Annotated[
+    str,
+    typer.Argument(help="A folder, a Hugging Face repository id (org/model), or pepper, the embedded model."),
+]
+BundleArgument = Annotated[Path, typer.Argument(help="The bundle's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output, and no tables.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", "-d", help="The phone: its name, model code or chip. See `gochu devices`."),
+]
+SchemeOption = Annotated[
+    str | None, typer.Option(help="fp32, fp16, int8, int4, int4-g128 (default: planned for the device).")
+]
+AlgorithmOption = Annotated[str, typer.Option(help="How integers are found: rtn (least error), rtn-absmax.")]
+RecipeOption = Annotated[
+    Path | None, typer.Option(help="A TOML file that says which tensor gets which scheme.", dir_okay=False)
+]
+ContextOption = Annotated[int | None, typer.Option(help="Tokens that the graph can hold (default: planned).")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads (default: the physical cores).", min=1)]
+VariantOption = Annotated[str | None, typer.Option(help="Which variant (default: the first that runs here).")]
+
+
+def _help(text: str, *examples: str) -> str:
+    return f"{text}\n\nExamples:\n\n" + "\n\n".join(f"  {example}" for example in examples)
+
+
+@app.command(
+    help=_help(
+        "Export a checkpoint to a verified bundle for a device.",
+        'gochu export pepper --device "Galaxy S24 Ultra" -o out/',
+        "gochu export ./Qwen2.5-0.5B-Instruct --device SM-S928N --scheme int4 -o out/ --json",
+        "gochu export org/model --revision main --device 'iPhone 16 Pro' --context 2048 -o out/",
+    )
+)
+def export(
+    checkpoint: CheckpointArgument = "pepper",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle's folder.")] = Path("out"),
+    device: DeviceOption = None,
+    scheme: SchemeOption = None,
+    algorithm: AlgorithmOption = "rtn",
+    recipe: RecipeOption = None,
+    context: ContextOption = None,
+    revision: RevisionOption = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Pass the gate, or leave the bundle marked unverified."),
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
+    as_json: Json = False,
+) -> None:
+    from exporter import console
+    from exporter.export import export
+
+    with console.progress() as progress:
+        bundle = export(
+            checkpoint,
+            output,
+            device=device,
+            scheme=scheme,
+            algorithm=algorithm,
+            recipe=_recipe(recipe),
+            context=context,
+            revision=revision,
+            verify=verify,
+            force=force,
+            progress=progress,
+        )
+    manifest = bundle.manifest
+    if as_json:
+        summary = manifest.model_dump(mode="json", include={"model", "device", "plan", "prediction", "gate"})
+        variants = [
+            v.model_dump(mode="json", include={"name", "format", "scheme", "context"})
+            for v in manifest.variants
+        ]
+        _print_json({"bundle": str(output), "bytes": bundle.size(), **summary, "variants": variants})
+        return
+    console.show_choices(
+        f"Plan: {manifest.model.name} for {manifest.device or 'this computer'}", manifest.plan
+    )
+    console.show_gate(manifest.gate)
+    console.console.print(
+        f"wrote {output} ({console.size(bundle.size())}); try: gochu run {output}", markup=False
+    )
+
+
+@app.command(
+    help=_help(
+        "Show what an export would do and why, and what it would need, before anything is computed.",
+        'gochu plan pepper --device "갤럭시 S24 울트라"',
+        "gochu plan ./Llama-3.2-1B-Instruct --device 'Pixel 8' --scheme int8 --json",
+    )
+)
+def plan(
+    checkpoint: CheckpointArgument = "pepper",
+    device: DeviceOption = None,
+    scheme: SchemeOption = None,
+    algorithm: AlgorithmOption = "rtn",
+    recipe: RecipeOption = None,
+    context: ContextOption = None,
+    revision: RevisionOption = None,
+    as_json: Json = False,
+) -> None:
+    from exporter.checkpoint import open_checkpoint
+    from exporter.plan import make_plan
+
+    with open_checkpoint(checkpoint, revision) as source:
+        made = make_plan(
+            source.architecture,
+            device=device,
+            scheme=scheme,
+            algorithm=algorithm,
+            recipe=_recipe(recipe),
+            context=context,
+        )
+    if as_json:
+        _print_json({"checkpoint": source.name, **made.to_dict()})
+        return
+    from exporter import console
+
+    console.show_plan(source.name, made)
+
+
+@app.command(
+    help=_help(
+        "List the devices that Gochu knows, all or those that a query matches.",
+        "gochu devices",
+        "gochu devices galaxy --json",
+    )
+)
+def devices(
+    query: Annotated[str, typer.Argument(help="Part of a name, model code or chip.")] = "",
+    as_json: Json = False,
+) -> None:
+    import profiles
+
+    def matches(device: profiles.Device) -> bool:
+        words = (device.name, device.id, device.soc.name, device.soc.id, *device.aliases, *device.model_codes)
+        return any(query.casefold() in word.casefold() for word in words)
+
+    found = [device for device in profiles.devices() if matches(device)]
+    if not found:
+        found = [profiles.find(query)]  # says what is near
+    if as_json:
+        _print_json(
+            [
+                {
+                    "id": device.id,
+                    "name": device.name,
+                    "aliases": device.aliases,
+                    "os": device.os,
+                    "chip": device.soc.id,
+                    "model_codes": device.model_codes,
+                    "ram_bytes": device.ram_bytes,
+                    "app_memory_bytes": device.app_memory_bytes,
+                }
+                for device in found
+            ]
+        )
+        return
+    from exporter import console
+
+    console.show_devices(found)
+
+
+@app.command(
+    help=_help(
+        "Chat with a bundle, or answer one prompt.",
+        "gochu run out/",
+        'gochu run out/ --prompt "23 더하기 45는?" --temperature 0 --json',
+        "gochu run out/ --prompt 'Once upon a time' --raw --max-tokens 64 --top-p 0.9 --temperature 0.7 --seed 1",
+    )
+)
+def run(
+    bundle: BundleArgument = Path("out"),
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and stop.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="A system message, where the model's template takes one.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; higher is more varied.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 = all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Choose among the likeliest that make up this probability.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Leave out tokens less likely than this share of the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Make tokens that occurred less likely; 1 = no.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
+    ] = False,
+    variant: VariantOption = None,
+    threads: ThreadsOption = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens to hold in memory (default: all the bundle can).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    from runtimes.generate import Chat, load
+    from runtimes.sampling import Sampling
+
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    if prompt is None and (as_json or raw):
+        raise typer.BadParameter("needs a --prompt", param_hint="--json" if as_json else "--raw")
+    with load(bundle, variant=variant, threads=threads, context=context) as model:
+        if prompt is None:
+            _converse(Chat(model, system=system, sampling=sampling), max_tokens)
+            return
+        messages = [{"role": "system", "content": system}] if system else []
+        given: Any = prompt if raw or not system else [*messages, {"role": "user", "content": prompt}]
+        stream = model.stream(given, max_tokens=max_tokens, sampling=sampling, raw=raw)
+        if not as_json:
+            for piece in stream:
+                print(piece, end="", flush=True)
+            print()
+        _report(model, stream.finish(), as_json)
+
+
+def _converse(chat: "Chat", max_tokens: int) -> None:
+    """Read lines and answer them until the end of input."""
+    print("Write something; Ctrl-D ends the conversation.", file=sys.stderr)
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            print(file=sys.stderr)
+            return
+        if not line.strip():
+            continue
+        try:
+            for piece in chat.send(line.rstrip("\n"), max_tokens=max_tokens):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="", file=sys.stderr)
+        print()
+
+
+def _report(model: "Model", generation: "Generation", as_json: bool) -> None:
+    if as_json:
+        _print_json(
+            {
+                "text": generation.text,
+                "tokens": list(generation.tokens),
+                "prompt_tokens": generation.prompt_tokens,
+                "finish_reason": generation.finish_reason,
+                "timings": generation.timings,
+            }
+        )
+        return
+    speed = generation.timings.get("decode_tokens_per_s")
+    print(
+        f"[{generation.prompt_tokens} + {len(generation.tokens)} tokens, first after "
+        f"{generation.timings['ttft_s'] * 1e3:.0f} ms{f', then {speed:.0f} tokens/s' if speed else ''}, "
+        f"{generation.finish_reason}]",
+        file=sys.stderr,
+    )
+
+
+@app.command(
+    help=_help(
+        "Measure a bundle on this machine: load time, TTFT, prefill and decode speed, peak memory.",
+        "gochu bench out/",
+        "gochu bench out/ --workload standard --threads 4 --json",
+    )
+)
+def bench(
+    bundle: BundleArgument = Path("out"),
+    workload: Annotated[
+        str, typer.Option(help="smoke (seconds) or standard (prompts of 64, 256 and 1024).")
+    ] = "smoke",
+    variant: VariantOption = None,
+    threads: ThreadsOption = None,
+    context: Annotated[int | None, typer.Option(help="Tokens the KV cache holds (default: all).")] = None,
+    as_json: Json = False,
+) -> None:
+    from runtimes import report
+    from runtimes.targets.host import measure
+
+    measurements = measure(bundle, workload, threads, variant=variant, context=context)
+    if as_json:
+        print(report.to_json(measurements), end="")
+    else:
+        report.show(measurements)
+
+
+@app.command(
+    help=_help(
+        "Check a bundle again: checksums, tokenizer, integers, and its tokens against the reference decoder.",
+        "gochu verify out/",
+        "gochu verify out/ --json",
+    )
+)
+def verify(bundle: BundleArgument = Path("out"), as_json: Json = False) -> None:
+    from exporter import console
+    from exporter.verify import verify
+    from runtimes.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    with console.progress() as progress:
+        gate = verify(opened, lambda check: progress(f"verify {check}", 0, 0))
+    if as_json:
+        _print_json(gate.model_dump(mode="json"))
+    else:
+        console.show_gate(gate)
+
+
+@app.command(
+    help=_help(
+        "Show what a bundle is: model, plan with reasons, variants, files, gate.",
+        "gochu inspect out/",
+        "gochu inspect out/ --tensors",
+        "gochu inspect out/ --json | jq .gate",
+    )
+)
+def inspect(
+    bundle: BundleArgument = Path("out"),
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Also every tensor with its scheme and error.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    from runtimes.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    if as_json:
+        print(opened.manifest.to_json(), end="")
+        return
+    from exporter import console
+
+    console.show_bundle(opened, tensors)
+
+
+@app.command(
+    help=_help(
+        "Ask a bundle of pepper questions that it was never trained on, and count the exact answers.",
+        "gochu score out/",
+        "gochu score out/ --questions 1000 --json",
+    )
+)
+def score(
+    bundle: BundleArgument = Path("out"),
+    questions: Annotated[int, typer.Option(help="How many held-out questions to ask.", min=1)] = 300,
+    threads: ThreadsOption = None,
+    as_json: Json = False,
+) -> None:
+    from exporter import console
+    from exporter.pepper.questions import held_out
+    from exporter.pepper.score import score
+    from runtimes.generate import load
+
+    with load(bundle, threads=threads) as model:
+        result = score(lambda prompt: model.generate(prompt, max_tokens=32).text, held_out(questions))
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        console.show_score(result)
+
+
+def _recipe(path: Path | None) -> "Recipe | None":
+    if path is None:
+        return None
+    from exporter.quantization.recipe import read_recipe
+
+    return read_recipe(path)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def main() -> None:
+    """Entry point: an error of ours is one sentence on standard error and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # Korean, whatever the locale
+    try:
+        app()
+    except GochuError as error:
+        print(f"gochu: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("gochu: stopped; a rerun of an export goes on where it was", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""How the command line shows things to a person: always on standard error."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from exporter.export import Progress as Report
+    from exporter.pepper.score import Score
+    from exporter.plan import Plan
+    from profiles import Device
+    from runtimes.bundle import Bundle, Choice, Gate
+
+console = Console(stderr=True, highlight=False)
+
+
+def size(nbytes: float) -> str:
+    """Bytes as a person reads them.
+
+    >>> size(3_210_000), size(2_100_000_000)
+    ('3.2 MB', '2.10 GB')
+    """
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+@contextlib.contextmanager
+def progress() -> Iterator["Report"]:
+    """A bar with the time left, where standard error is a terminal; silent elsewhere."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        yield report
+
+
+def show_choices(title: str, choices: Iterable["Choice"]) -> None:
+    """Decisions, each with its reason."""
+    table = Table("topic", "choice", "why", title=title, title_justify="left")
+    for choice in choices:
+        table.add_row(choice.topic, choice.value, choice.reason)
+    console.print(table)
+
+
+def show_plan(name: str, plan: "Plan") -> None:
+    """A plan: decisions, predictions, warnings."""
+    target = plan.device.name if plan.device else "this computer"
+    show_choices(f"Plan: {name} for {target}", plan.choices)
+    table = Table("predicted", "", "how", title="Prediction", title_justify="left")
+    for figure in plan.prediction.rows():
+        table.add_row(figure.name, figure.text, figure.explain)
+    console.print(table)
+    for warning in plan.warnings:
+        console.print(f"[yellow]note:[/yellow] {warning}")
+
+
+def show_gate(gate: "Gate") -> None:
+    """The gate's report."""
+    if gate.status == "unverified":
+        console.print("gate: [yellow]unverified[/yellow] (exported with --no-verify)")
+        return
+    table = Table("check", "", "found", title="Gate", title_justify="left")
+    for check in gate.checks:
+        table.add_row(
+            check.name, "[green]passed[/green]" if check.passed else "[red]failed[/red]", check.detail
+        )
+    console.print(table)
+
+
+def show_bundle(bundle: "Bundle", tensors: bool) -> None:
+    """What a bundle is: model, variants, files, gate; its tensors too if asked for."""
+    manifest = bundle.manifest
+    model = manifest.model
+    console.print(
+        f"[bold]{model.name}[/bold] ({model.family}, {model.parameters / 1e6:.1f} M parameters, from {model.source}"
+        f"{'@' + model.revision if model.revision else ''}), {size(bundle.size())}, planned for "
+        f"{manifest.device or 'any computer'}"
+    )
+    for variant in manifest.variants:
+        console.print(
+            f"variant {variant.name}: {variant.format} for {variant.engine}, {variant.scheme}, context "
+            f"{variant.context} tokens, for {', '.join(variant.chips) or 'any CPU'}"
+        )
+    console.print(f"stops on tokens {', '.join(map(str, manifest.tokens.eos))}")
+    show_choices("Plan", manifest.plan)
+    files = Table("file", "size", "SHA-256", title="Files", title_justify="left")
+    for entry in manifest.files:
+        files.add_row(entry.path, size(entry.size), entry.sha256[:16])
+    console.print(files)
+    show_gate(manifest.gate)
+    if tensors:
+        table = Table(
+            "tensor", "scheme", "algorithm", "shape", "error", "note", title="Tensors", title_justify="left"
+        )
+        for t in manifest.tensors:
+            shape = "×".join(map(str, t.shape))
+            table.add_row(t.name, t.scheme, t.algorithm, shape, f"{t.error:.2e}", t.note)
+        console.print(table)
+
+
+def show_devices(devices: Iterable["Device"]) -> None:
+    """Profiles, a line each."""
+    table = Table("device", "chip", "memory", "an app may use", "model codes")
+    for device in devices:
+        table.add_row(
+            device.name,
+            device.soc.name,
+            size(device.ram_bytes),
+            size(device.app_memory_bytes),
+            ", ".join(device.model_codes),
+        )
+    console.print(table)
+
+
+def show_score(score: "Score") -> None:
+    """Exact answers by kind and language."""
+    table = Table("", "right", "asked", "rate", title="Exact answers", title_justify="left")
+    rows = {"all": score.overall, **score.by_language, **score.by_kind}
+    for name, tally in rows.items():
+        table.add_row(name, str(tally.right), str(tally.asked), f"{tally.rate:.1%}")
+    console.print(table)
+    for miss in score.misses[:5]:
+        console.print(
+            f"missed: {miss.question.prompt} → {miss.got!r}, right is {miss.question.answer!r}", markup=False
+        )
