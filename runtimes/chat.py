@@ -83,9 +83,13 @@ def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """The immutable sandbox, in which moreover no operator makes something huge out of little."""
+    """The immutable sandbox, in which moreover no operator makes something huge."""
 
     intercepted_binops = frozenset({"*", "**"})
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        """Stop at once: jinja2 alone would write nothing where a template prints what it may not see."""
+        raise SecurityError(f"it asks for {attribute!r} of {type(obj).__name__}")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":

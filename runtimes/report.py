@@ -26,7 +26,8 @@ def to_json(measurements: Sequence[Measurement]) -> str:
 
 
 def table(measurements: Sequence[Measurement]) -> "Table":
-    """One line for each measurement, in the order given; medians, and the spread where there is one."""
+    """One line for each measurement, in the order given; medians, ± half of what lies between
+    the 5th and 95th percentile."""
     from rich.table import Table
 
     grid = Table(title=_title(measurements), title_justify="left")
@@ -66,7 +67,7 @@ def _cell(figure: Figure | None) -> str:
         return "–"
     text = _amount(figure.value, figure.unit)
     if len(figure.samples) > 1 and figure.p5 is not None and figure.p95 is not None:
-        text += f" ({_amount(figure.p5, figure.unit)}–{_amount(figure.p95, figure.unit)})"
+        text += f" ±{(figure.p95 - figure.p5) / 2 / figure.value:.0%}"
     return text if figure.kind == "measured" else f"{text} {figure.kind}"
 
 

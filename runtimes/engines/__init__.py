@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from runtimes import cpu
 from runtimes.bundle import Bundle, Choice, Variant
 from runtimes.errors import BundleError, MissingExtra, UsageError
 
@@ -116,6 +117,17 @@ def _hindrance(variant: Variant) -> BundleError | MissingExtra | None:
     return None
 
 
+def settle(variant: Variant, context: int | None, threads: int | None) -> tuple[int, int]:
+    """Context and threads as asked for or by default; UsageError if the variant cannot have them."""
+    if context is not None and not 1 <= context <= variant.context:
+        raise UsageError(
+            f"a context of {context} tokens was asked for, but variant {variant.name} holds 1 to {variant.context}"
+        )
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads were asked for, but at least 1 is needed")
+    return context or variant.context, threads or cpu.default_threads()
+
+
 def open_engine(
     bundle: Bundle, variant: str | None = None, *, context: int | None = None, threads: int | None = None
 ) -> Engine:
@@ -125,11 +137,6 @@ def open_engine(
     each fast physical core. Raises UsageError, MissingExtra, BundleError or EngineError.
     """
     chosen, choice = choose_variant(bundle, variant)
-    if context is not None and not 1 <= context <= chosen.context:
-        raise UsageError(
-            f"a context of {context} tokens was asked for, but variant {chosen.name} holds 1 to {chosen.context}"
-        )
-    if threads is not None and threads < 1:
-        raise UsageError(f"{threads} threads were asked for, but at least 1 is needed")
+    context, threads = settle(chosen, context, threads)
     module = importlib.import_module(f"runtimes.engines.{chosen.engine}")
-    return module.load(bundle, chosen, choice, context=context or chosen.context, threads=threads)
+    return module.load(bundle, chosen, choice, context=context, threads=threads)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from runtimes import cpu
 from runtimes.bundle import Bundle, Choice, Variant
 from runtimes.errors import BundleError, EngineError, PromptError, UsageError
 from runtimes.extras import require
@@ -22,7 +21,7 @@ _FATAL = 4  # log severity: what goes wrong comes as an exception, not on the us
 
 
 def load(
-    bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int | None
+    bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int
 ) -> "OnnxRuntimeEngine":
     """Open a variant made for ONNX Runtime; EngineError if its files are damaged."""
     return OnnxRuntimeEngine(bundle, variant, choice, context=context, threads=threads)
@@ -32,7 +31,7 @@ class OnnxRuntimeEngine:
     """The verbs of `runtimes.engines.Engine` over an ONNX Runtime session."""
 
     def __init__(
-        self, bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int | None
+        self, bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int
     ) -> None:
         ort = require("onnxruntime", "run")
         kv = variant.kv_cache
@@ -43,7 +42,7 @@ class OnnxRuntimeEngine:
         self.choice = choice
         self.context = context
         self.vocab = bundle.manifest.model.vocab
-        self.threads = threads or cpu.default_threads()
+        self.threads = threads
         self._position = 0
         self._version = f"onnxruntime {ort.__version__}"
         self._name = variant.name

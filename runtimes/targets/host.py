@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from runtimes import cpu, memory
 from runtimes.bundle import Bundle, Strict, Variant
-from runtimes.engines import choose_variant, open_engine
-from runtimes.errors import EngineError, GochuError, UsageError
+from runtimes.engines import ENGINES, Engine, choose_variant, open_engine, settle
+from runtimes.errors import EngineError, GochuError
+from runtimes.extras import require
 from runtimes.measurement import Figure, Measurement, Method, Place, Subject, measured
 from runtimes.workload import Case, Workload, preset, prompt_ids
 
@@ -43,7 +44,7 @@ class Samples(Strict):
     decode: tuple[float, ...]  # all further tokens together; empty if there were none
     peak_memory: int | None
     peak_private_memory: int | None
-    idle_memory: int | None  # private, before the engine and its library were loaded
+    idle_memory: int | None  # private, before the model was loaded: the interpreter and the engine's library
     engine: str
 
 
@@ -58,18 +59,13 @@ def measure(
     """Measure a bundle on this machine, one measurement for each case of the workload.
 
     Figures: load_time, ttft (s), prefill_speed, decode_speed (tokens/s), peak_memory and peak_private_memory
-    of the process, idle_memory of the process before it loaded the engine (bytes). `context`: length of the KV
+    of the process, idle_memory of the process before it loaded the model (bytes). `context`: length of the KV
     cache, and the limit that cases are clipped to (default: all that the variant can).
     """
     bundle = Bundle.open(bundle_path)
     chosen, _ = choose_variant(bundle, variant)
     workload = preset(workload) if isinstance(workload, str) else workload
-    context = chosen.context if context is None else context
-    if not 1 <= context <= chosen.context:
-        raise UsageError(
-            f"a context of {context} was asked for, but variant {chosen.name} holds 1 to {chosen.context}"
-        )
-    threads = threads or cpu.default_threads()
+    context, threads = settle(chosen, context, threads)
     found = []
     for case, note in workload.clipped(context):
         job = Job(
@@ -87,30 +83,19 @@ def measure(
 
 def run(job: Job) -> Samples:
     """Do the measuring, in this process. It should be a fresh one."""
+    bundle = Bundle.open(job.bundle)
+    chosen, _ = choose_variant(bundle, job.variant)
+    entry = ENGINES[chosen.engine]
+    require(entry.library, entry.extra)  # what Python needs to import it is not the model's load time
+    ids = prompt_ids(job.case.prompt_tokens, bundle.manifest.model.vocab)
     idle = memory.private()
-    ids = prompt_ids(job.case.prompt_tokens, Bundle.open(job.bundle).manifest.model.vocab)
     with memory.PeakPrivate() as peak:
         start = perf_counter()
-        engine = open_engine(Bundle.open(job.bundle), job.variant, context=job.context, threads=job.threads)
+        engine = open_engine(bundle, job.variant, context=job.context, threads=job.threads)
         load = perf_counter() - start
-
-        def once() -> tuple[float, float, float]:
-            """Seconds of the prefill, until the first token, and of the decoding after that."""
-            engine.reset()
-            start = perf_counter()
-            logits = engine.prefill(ids)
-            prefilled = perf_counter()
-            token = int(logits.argmax())
-            first = perf_counter()
-            for _ in range(
-                job.case.new_tokens - 1
-            ):  # an end-of-text token does not end it: all runs are as long
-                token = int(engine.decode(token).argmax())
-            return prefilled - start, first - start, perf_counter() - first
-
         for _ in range(job.warmup):
-            once()
-    runs = [once() for _ in range(job.repeats)]
+            _once(engine, ids, job.case.new_tokens)
+    runs = [_once(engine, ids, job.case.new_tokens) for _ in range(job.repeats)]
     return Samples(
         load=load,
         prefill=tuple(r[0] for r in runs),
@@ -121,6 +106,22 @@ def run(job: Job) -> Samples:
         idle_memory=idle,
         engine=engine.version,
     )
+
+
+def _once(engine: Engine, ids: list[int], new_tokens: int) -> tuple[float, float, float]:
+    """Seconds of the prefill, until the first token, and of all further tokens together.
+
+    An end-of-text token does not end it, so that all runs are equally long.
+    """
+    engine.reset()
+    start = perf_counter()
+    logits = engine.prefill(ids)
+    prefilled = perf_counter()
+    token = int(logits.argmax())
+    first = perf_counter()
+    for _ in range(new_tokens - 1):
+        token = int(engine.decode(token).argmax())
+    return prefilled - start, first - start, perf_counter() - first
 
 
 def _spawn(job: Job) -> Samples:
@@ -141,7 +142,7 @@ def _spawn(job: Job) -> Samples:
         except ValidationError:
             raise EngineError(f"the measuring process printed no samples but {done.stdout[:200]!r}") from None
     said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-    if done.returncode == GochuError.exit_code or done.returncode == EngineError.exit_code:
+    if done.returncode > 1:  # one of Gochu's own errors, and its sentence
         raise EngineError(said)
     raise EngineError(
         f"the measuring process ended with code {done.returncode} and said: {said}; "
