@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint, open_checkpoint
-    from exporter.export import export
+    from exporter.gate import verify
+    from exporter.pipeline import export
     from exporter.plan import Plan, make_plan
     from exporter.quantization.recipe import Recipe, read_recipe
-    from exporter.verify import verify
 
 _HOME = {
     "Checkpoint": "checkpoint",
     "Plan": "plan",
     "Recipe": "quantization.recipe",
-    "export": "export",
+    "export": "pipeline",
     "make_plan": "plan",
     "open_checkpoint": "checkpoint",
     "read_recipe": "quantization.recipe",
-    "verify": "verify",
+    "verify": "gate",
 }
 
 __all__ = ["Checkpoint", "Plan", "Recipe", "export", "make_plan", "open_checkpoint", "read_recipe", "verify"]

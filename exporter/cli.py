@@ -79,7 +79,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     from exporter import console
-    from exporter.export import export
+    from exporter.pipeline import export
 
     with console.progress() as progress:
         bundle = export(
@@ -334,7 +334,7 @@ def bench(
 )
 def verify(bundle: BundleArgument = Path("out"), as_json: Json = False) -> None:
     from exporter import console
-    from exporter.verify import verify
+    from exporter.gate import verify
     from runtimes.bundle import Bundle
 
     opened = Bundle.open(bundle)

@@ -9,8 +9,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from exporter.export import Progress as Report
     from exporter.pepper.score import Score
+    from exporter.pipeline import Progress as Report
     from exporter.plan import Plan
     from profiles import Device
     from runtimes.bundle import Bundle, Choice, Gate

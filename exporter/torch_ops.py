@@ -19,15 +19,14 @@ class TorchOps:
     """The verbs of `decoder.Ops` on float32 tensors, with a KV cache.
 
     Weights are dequantized when they are used and forgotten again, so memory holds one layer's at most.
-    `round_activations`: round the inputs of linears where a weight's scheme has int8 activations (one scale
-    per token and group, absmax / 127); off, they stay float32.
+    `rounded`: where a weight's scheme has int8 activations, round the inputs of linears so (one scale per
+    token and group, absmax / 127) in the batch's first `rounded` rows; None rounds all, 0 leaves all float32.
     """
 
     def __init__(
-        self, arch: Architecture, weights: Weights, context: int, round_activations: bool = True
+        self, arch: Architecture, weights: Weights, context: int, rounded: int | None = None
     ) -> None:
-        self.arch, self.weights = arch, weights
-        self.round_activations = round_activations
+        self.arch, self.weights, self.rounded = arch, weights, rounded
         self.past = 0  # tokens in the KV cache
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
         cos, sin = arch.rope.tables(context)
@@ -62,13 +61,14 @@ class TorchOps:
 
     def linear(self, x: Tensor, weight: str) -> Tensor:
         matrix = self.weights.matrix(weight)
-        if self.round_activations and matrix.scheme.activations == "int8":
-            x = round_activations(x, matrix.scheme.group or x.shape[-1])
+        if self.rounded != 0 and matrix.scheme.activations == "int8":
+            part = round_activations(x[: self.rounded], matrix.scheme.group or x.shape[-1])
+            x = torch.cat((part, x[self.rounded :])) if self.rounded is not None else part
         step = max(1, _WEIGHTS_AT_ONCE // matrix.shape[1])
         parts = [functional.linear(x, _rows(matrix, i, i + step)) for i in range(0, matrix.shape[0], step)]
         y = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         if weight.partition(".")[2].partition(".")[2] in self.arch.biases:
-            y = y + torch.from_numpy(self.weights.vector(weight + ".bias"))
+            y = y + torch.tensor(self.weights.vector(weight + ".bias"))
         return y
 
     def linears(self, x: Tensor, weights: Sequence[str]) -> list[Tensor]:

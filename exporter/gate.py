@@ -1,0 +1,245 @@
+"""The gate: proof that an exported bundle says what its own integers mean.
+
+The exported file generates text greedily, run by its engine. Then one pass of the reference decoder over
+each whole sequence, on the integers read back from the file, layer by layer, must agree at every step. What
+the file holds is tied to the checkpoint by digests that the quantizer wrote down. So the gate costs one
+generation and one pass, needs no checkpoint, and its memory is one layer's.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from exporter.architecture import Architecture, read_architecture
+from exporter.checkpoint import read_json
+from exporter.errors import GateFailed
+from exporter.tokenizer import find_probes
+from runtimes.bundle import Bundle, Check, Gate, TensorReport, Variant
+from runtimes.errors import ChecksumError
+from runtimes.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from exporter.quantization.weights import Weights
+
+NEW_TOKENS = 64
+_PROMPTS = (
+    "안녕하세요! 한국의 수도는 어디인가요?",
+    "Once upon a time, in a small village by the sea,",
+    "for i in range(10): print(i, i ** 2)",
+)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far the engine's logits may be from the reference's, as a share of their range at a step.
+
+    `tie`: a token may differ where the reference's logits of the two are this near.
+    """
+
+    largest: float
+    mean: float
+    tie: float
+
+
+FLOAT_BOUNDS = Bounds(largest=1e-3, mean=1e-4, tie=1e-3)  # float32 sums in another order
+
+
+def rounding_bounds(noise: "np.ndarray") -> Bounds:
+    """Bounds where activations are rounded to int8; `noise` [steps] is what that does to the reference itself.
+
+    The reference rounds as the engine does, but a value beside a rounding boundary may fall to either side,
+    which then moves others; and a processor with other kernels rounds in another way. Neither moves logits
+    further than rounding moved them from float activations: two independent roundings differ by √2 of it.
+    """
+    return Bounds(
+        largest=max(FLOAT_BOUNDS.largest, 2 * float(noise.max())),
+        mean=max(FLOAT_BOUNDS.mean, 1.5 * float(noise.mean())),
+        tie=max(FLOAT_BOUNDS.tie, 2 * float(noise.max())),
+    )
+
+
+def verify(bundle: Bundle, progress: Callable[[str], None] = lambda check: None) -> Gate:
+    """Run every check on every variant; returns the report, or raises GateFailed with what failed."""
+    done: list[Check] = []
+    arch = read_architecture(read_json(bundle.file("config.json"), required=True))
+    for check in _checks(bundle, arch, progress):
+        done.append(check)
+        if not check.passed:
+            raise GateFailed(f"the gate failed at {check.name}: {check.detail}; the bundle must not be used")
+    return Gate(status="passed", checks=tuple(done))
+
+
+def _checks(bundle: Bundle, arch: Architecture, progress: Callable[[str], None]) -> Iterator[Check]:
+    progress("checksums")
+    yield _checksums(bundle)
+    progress("tokenizer")
+    tokenizer = Tokenizer(bundle.file("tokenizer.json"))
+    yield _tokenizer(bundle, tokenizer)
+    for variant in bundle.manifest.variants:
+        weights = _weights(bundle, variant)
+        progress("integers")
+        yield _integers(bundle, weights)
+        progress("tokens")
+        yield from _tokens(bundle, variant, arch, weights, tokenizer)
+
+
+def _checksums(bundle: Bundle) -> Check:
+    try:
+        bundle.verify_checksums()
+    except ChecksumError as error:
+        return Check(name="checksums", passed=False, detail=str(error))
+    return Check(name="checksums", passed=True, detail=f"{len(bundle.manifest.files)} files are as written")
+
+
+def _tokenizer(bundle: Bundle, tokenizer: Tokenizer) -> Check:
+    manifest = bundle.manifest
+    if not manifest.probes:
+        return Check(name="tokenizer", passed=False, detail="the manifest has no probes to check it against")
+    found = {(p.text, p.chat): p.ids for p in find_probes(tokenizer, manifest.chat_template, manifest.tokens)}
+    wrong = [probe for probe in manifest.probes if found.get((probe.text, probe.chat)) != probe.ids]
+    detail = f"{len(manifest.probes)} texts give the checkpoint's own ids"
+    if wrong:
+        detail = f"{wrong[0].text!r} does not give the ids that the checkpoint's tokenizer gives"
+    return Check(name="tokenizer", passed=not wrong, detail=detail)
+
+
+def _weights(bundle: Bundle, variant: Variant) -> "Weights":
+    """The weights as the variant's own files hold them."""
+    if variant.format == "onnx":
+        from exporter.formats.onnx_weights import OnnxWeights
+
+        return OnnxWeights(bundle.file(variant.entry_points[0].file))
+    raise GateFailed(f"the gate cannot read weights of format {variant.format!r}: update Gochu")
+
+
+def _integers(bundle: Bundle, weights: "Weights") -> Check:
+    from exporter.quantization.tensor import vector_digest
+
+    def digest(report: TensorReport) -> str:
+        if len(report.shape) == 1:
+            return vector_digest(weights.vector(report.name))
+        return weights.matrix(report.name).digest()
+
+    reports = bundle.manifest.tensors
+    wrong = [report.name for report in reports if digest(report) != report.digest]
+    detail = f"{len(reports)} weights hold the quantizer's own integers and scales"
+    if wrong:
+        detail = f"{wrong[0]} does not hold what the quantizer found ({len(wrong)} of {len(reports)} differ)"
+    return Check(name="integers", passed=not wrong, detail=detail)
+
+
+def _tokens(
+    bundle: Bundle, variant: Variant, arch: Architecture, weights: "Weights", tokenizer: Tokenizer
+) -> Iterator[Check]:
+    """Greedy tokens of the engine against one teacher-forced pass of the reference."""
+    import numpy as np
+
+    prompts = list(_prompts(tokenizer, arch, variant.context))
+    sequences, logits = _generate(bundle, variant, prompts)
+    rounded, exact = _reference(
+        arch, weights, variant.context, sequences, [len(prompt) for prompt in prompts]
+    )
+    ours = np.concatenate(logits)
+    spread = np.maximum(rounded.max(-1) - rounded.min(-1), 1e-6)
+    error = np.abs(ours - rounded).max(-1) / spread
+    noise = np.abs(exact - rounded).max(-1) / spread
+    bounds = rounding_bounds(noise) if noise.any() else FLOAT_BOUNDS
+    at, chosen = np.arange(len(ours)), ours.argmax(-1)
+    gaps = (rounded.max(-1) - rounded[at, chosen]) / spread
+    same, near = gaps == 0, (gaps > 0) & (gaps <= bounds.tie)
+    wrong = len(ours) - int(same.sum()) - int(near.sum())  # a NaN is neither
+    yield Check(
+        name="tokens",
+        passed=wrong == 0,
+        detail=f"{same.sum()} of {len(ours)} greedy tokens on {len(prompts)} prompts are the reference's, "
+        f"{near.sum()} are near-ties (within {bounds.tie:.2g} of the logits' range), {wrong} are wrong",
+        figures={"steps": len(ours), "same": int(same.sum()), "near_ties": int(near.sum()), "wrong": wrong},
+    )
+    largest, mean = float(error.max()), float(error.mean())
+    yield Check(
+        name="logits",
+        passed=largest <= bounds.largest and mean <= bounds.mean,
+        detail=f"error, as a share of the logits' range: largest {largest:.2g} (bound {bounds.largest:.2g}), "
+        f"mean {mean:.2g} (bound {bounds.mean:.2g})"
+        + (f"; int8 activations themselves: mean {noise.mean():.2g}" if noise.any() else ""),
+        figures={
+            "largest": largest,
+            "mean": mean,
+            "largest_bound": bounds.largest,
+            "mean_bound": bounds.mean,
+            "activation_noise": float(noise.mean()),
+        },
+    )
+
+
+def _prompts(tokenizer: Tokenizer, arch: Architecture, context: int) -> Iterable[list[int]]:
+    """Texts, and ids from all over the vocabulary, each leaving room to generate."""
+    room = max(1, context - NEW_TOKENS)
+    for text in _PROMPTS:
+        if ids := tokenizer.encode(text, add_special=True)[:room]:
+            yield ids
+    yield [(i * 7919 + 3) % arch.vocab for i in range(min(48, room))]
+
+
+def _generate(
+    bundle: Bundle, variant: Variant, prompts: Sequence[list[int]]
+) -> "tuple[list[list[int]], list[np.ndarray]]":
+    """Greedy continuations: whole sequences, and float32 logits [steps, vocab] of each."""
+    import numpy as np
+
+    from runtimes.engines import open_engine
+
+    longest = max(map(len, prompts)) + NEW_TOKENS
+    engine = open_engine(bundle, variant.name, context=min(variant.context, longest))
+    sequences, logits = [], []
+    for prompt in prompts:
+        engine.reset()
+        rows = [engine.prefill(prompt).copy()]
+        new = [int(rows[0].argmax())]
+        while len(new) < min(NEW_TOKENS, engine.context - len(prompt)):
+            rows.append(engine.decode(new[-1]).copy())
+            new.append(int(rows[-1].argmax()))
+        sequences.append(prompt + new)
+        logits.append(np.stack(rows))
+    engine.close()
+    return sequences, logits
+
+
+def _reference(
+    arch: Architecture,
+    weights: "Weights",
+    context: int,
+    sequences: Sequence[list[int]],
+    prompt_lengths: Sequence[int],
+) -> "tuple[np.ndarray, np.ndarray]":
+    """The reference's logits [steps, vocab] where tokens were generated: with the activations that the
+    weights' schemes have, and with float activations.
+
+    All sequences go through a layer together, in both ways, padded on the right, where causal attention
+    does not look.
+    """
+    import torch
+
+    from exporter import decoder
+    from exporter.torch_ops import TorchOps
+
+    count = len(sequences)
+    tokens = torch.zeros(2 * count, max(map(len, sequences)), dtype=torch.int64)
+    for i, sequence in enumerate(sequences):
+        tokens[i, : len(sequence)] = tokens[count + i, : len(sequence)] = torch.tensor(sequence)
+    ops = TorchOps(arch, weights, context, rounded=count)
+    with torch.no_grad():
+        hidden = decoder.embedding(ops, arch, tokens)
+        for i in range(arch.layers):
+            hidden = decoder.layer(ops, arch, i, hidden)
+            ops.forget(i)
+        steps = [slice(n - 1, len(s) - 1) for n, s in zip(prompt_lengths, sequences, strict=True)]
+        halves = [
+            torch.cat([states[step] for states, step in zip(half, steps, strict=True)])
+            for half in hidden.split(count)
+        ]
+        ops.rounded = 1
+        rounded, exact = decoder.head(ops, arch, torch.stack(halves)).numpy()
+    return rounded, exact
