@@ -185,6 +185,8 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         why = _REFUSED.get(str(family), f"the decoder describes {', '.join(FAMILIES)}")
         raise UnsupportedArchitecture(f"model_type {family!r} cannot be exported: {why}")
     classes = config.get("architectures") or []
+    if not isinstance(classes, list):
+        raise CheckpointError("config.json: architectures must be a list of class names")
     if classes and not any(str(name).endswith("ForCausalLM") for name in classes):
         raise UnsupportedArchitecture(
             f"{classes[0]} is not a language model: export a ...ForCausalLM checkpoint"
@@ -209,7 +211,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     activation = config.get("hidden_activation" if gemma else "hidden_act") or (
         "gelu_pytorch_tanh" if gemma else "silu"
     )
-    if activation not in _ACTIVATIONS:
+    if str(activation) not in _ACTIVATIONS:
         raise UnsupportedArchitecture(
             f"activation {activation!r} is not known here: the decoder has {', '.join(_ACTIVATIONS)}"
         )
@@ -243,6 +245,9 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     )
 
 
+_LIMIT, _LIMITS = 1 << 24, {"num_hidden_layers": 1000}  # beyond any model; what would exhaust memory is refused
+
+
 class _Reader:
     """Typed access to config values, with an error that names the key."""
 
@@ -252,14 +257,16 @@ class _Reader:
     def count(self, key: str, default: int | None = None) -> int:
         value = self.config.get(key)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise CheckpointError(f"{self.where}: {key} is {value!r} where a positive whole number is needed")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LIMITS.get(key, _LIMIT):
+            raise CheckpointError(
+                f"{self.where}: {key} is {value!r} where a whole number from 1 to {_LIMITS.get(key, _LIMIT)} is needed"
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.config.get(key)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not _sensible(value):
             raise CheckpointError(f"{self.where}: {key} is {value!r} where a positive number is needed")
         return float(value)
 
@@ -270,9 +277,14 @@ class _Reader:
     def numbers(self, key: str, length: int) -> NDArray[np.float32]:
         value = self.config.get(key)
         fits = isinstance(value, list) and len(value) == length
-        if not fits or not all(isinstance(x, int | float) and x > 0 for x in value or ()):
+        if not fits or not all(map(_sensible, value or ())):
             raise CheckpointError(f"{self.where}: {key} must be a list of {length} positive numbers")
         return np.array(value, dtype=np.float32)
+
+
+def _sensible(value: Any) -> bool:
+    """A positive number that float32 can compute with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 < value < 1e30
 
 
 def _biases(config: Mapping[str, Any], family: str) -> frozenset[str]:
@@ -310,11 +322,24 @@ def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int, 
         return tuple(window if i % 2 == 0 else 0 for i in range(layers))
     if family == "qwen2":
         first = config.get("max_window_layers", 28)
+        if not isinstance(first, int):
+            raise CheckpointError(f"config.json: max_window_layers is {first!r} where a whole number is needed")
         return tuple(window if i >= first else 0 for i in range(layers))
     return (window,) * layers
 
 
 def _rope(config: Mapping[str, Any], family: str, head_dim: int, context: int) -> Rope:
+    """`_read_rope`, where values that give no frequencies (a division by zero, say) are refused."""
+    try:
+        with np.errstate(divide="raise", over="raise", invalid="raise"):
+            return _read_rope(config, family, head_dim, context)
+    except (ArithmeticError, ValueError):
+        raise CheckpointError(
+            "config.json: the values for the rotary embedding give no frequencies: download it again"
+        ) from None
+
+
+def _read_rope(config: Mapping[str, Any], family: str, head_dim: int, context: int) -> Rope:
     """Rotary frequencies in float32, as they were in training.
 
     Both styles: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5).

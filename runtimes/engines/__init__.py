@@ -2,7 +2,7 @@
 
 An engine is a module here with a function
 
-    load(bundle, variant, choice, *, context, threads) -> Engine
+    load(bundle, variant, choice, *, context, threads, exact) -> Engine
 
 and a line in `ENGINES`. No engine imports another.
 """
@@ -129,14 +129,22 @@ def settle(variant: Variant, context: int | None, threads: int | None) -> tuple[
 
 
 def open_engine(
-    bundle: Bundle, variant: str | None = None, *, context: int | None = None, threads: int | None = None
+    bundle: Bundle,
+    variant: str | None = None,
+    *,
+    context: int | None = None,
+    threads: int | None = None,
+    exact: bool = False,
 ) -> Engine:
     """Load the variant named, or the first that this machine can run; `engine.choice` says why that one.
 
     `context`: tokens to hold in the KV cache (default: all that the variant can). `threads`: default one for
-    each fast physical core. Raises UsageError, MissingExtra, BundleError or EngineError.
+    each fast physical core. `exact`: do not round activations where the variant does, on the same weights:
+    slower, and tells what is rounding from what is a mistake. Raises UsageError, MissingExtra, BundleError or
+    EngineError.
     """
     chosen, choice = choose_variant(bundle, variant)
     context, threads = settle(chosen, context, threads)
     module = importlib.import_module(f"runtimes.engines.{chosen.engine}")
-    return module.load(bundle, chosen, choice, context=context, threads=threads)
+    engine: Engine = module.load(bundle, chosen, choice, context=context, threads=threads, exact=exact)
+    return engine

@@ -7,6 +7,7 @@ So nothing is copied from step to step, and going back to an earlier position is
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,24 @@ _FATAL = 4  # log severity: what goes wrong comes as an exception, not on the us
 
 
 def load(
-    bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int
+    bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int, exact: bool = False
 ) -> "OnnxRuntimeEngine":
     """Open a variant made for ONNX Runtime; EngineError if its files are damaged."""
-    return OnnxRuntimeEngine(bundle, variant, choice, context=context, threads=threads)
+    return OnnxRuntimeEngine(bundle, variant, choice, context=context, threads=threads, exact=exact)
 
 
 class OnnxRuntimeEngine:
     """The verbs of `runtimes.engines.Engine` over an ONNX Runtime session."""
 
     def __init__(
-        self, bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int
+        self,
+        bundle: Bundle,
+        variant: Variant,
+        choice: Choice,
+        *,
+        context: int,
+        threads: int,
+        exact: bool = False,
     ) -> None:
         ort = require("onnxruntime", "run")
         kv = variant.kv_cache
@@ -54,8 +62,14 @@ class OnnxRuntimeEngine:
         options.inter_op_num_threads = 1
         options.enable_mem_pattern = False  # shapes change with each token; a plan for each would pile up
         path = bundle.file(variant.entry_points[0].file)
+        graph: str | bytes = str(path)
+        if exact:
+            graph = _float_activations(path)
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
+            )
         try:
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise EngineError(
                 f"ONNX Runtime cannot load variant {variant.name} ({_brief(error)}); export the bundle again"
@@ -153,6 +167,17 @@ class OnnxRuntimeEngine:
                 "export the bundle again"
             ) from None
         self._position = total
+
+
+def _float_activations(path: Path) -> bytes:
+    """The graph with MatMulNBits at accuracy level 1: the same integers, activations not rounded."""
+    onnx = require("onnx", "onnx")
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = 1
+    return model.SerializeToString()
 
 
 def _bind_output(binding: Any, name: str, array: np.ndarray) -> None:
