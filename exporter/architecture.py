@@ -245,7 +245,10 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-_LIMIT, _LIMITS = 1 << 24, {"num_hidden_layers": 1000}  # beyond any model; what would exhaust memory is refused
+_LIMIT, _LIMITS = (
+    1 << 24,
+    {"num_hidden_layers": 1000},
+)  # beyond any model; what would exhaust memory is refused
 
 
 class _Reader:
@@ -323,7 +326,9 @@ def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int, 
     if family == "qwen2":
         first = config.get("max_window_layers", 28)
         if not isinstance(first, int):
-            raise CheckpointError(f"config.json: max_window_layers is {first!r} where a whole number is needed")
+            raise CheckpointError(
+                f"config.json: max_window_layers is {first!r} where a whole number is needed"
+            )
         return tuple(window if i >= first else 0 for i in range(layers))
     return (window,) * layers
 
