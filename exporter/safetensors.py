@@ -91,7 +91,7 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> tuple[StoredTensor,
         raise CheckpointError(
             f"{path}: the header's entry for {name} has impossible numbers: download it again"
         )
-    if dtype not in _WIDTH and dtype not in _OTHER:
+    if not isinstance(dtype, str) or (dtype not in _WIDTH and dtype not in _OTHER):
         raise CheckpointError(f"{path}: tensor {name} has the unknown dtype {dtype!r}: download it again")
     count = 1
     for n in shape:
