@@ -40,23 +40,14 @@ class Sum:
 
 
 @dataclass
-class Fused:
-    """Several linears of one input, side by side in the last dimension."""
+class Linear:
+    """x @ Wᵀ, not emitted yet: attention takes q, k and v as one product."""
 
-    name: str
-    sizes: tuple[int, ...]
-    parts: list[str] | None = None  # once split
-
-
-@dataclass
-class Part:
-    """One of the linears of a `Fused`, not split off yet."""
-
-    whole: Fused
-    index: int
+    x: "Value"
+    weight: str
 
 
-Value = str | Sum | Part
+Value = str | Sum | Linear
 
 
 class OnnxOps:
@@ -71,7 +62,6 @@ class OnnxOps:
         self._values = 0
         self._initializers: dict[str, Any] = {}
         self._layout: dict[str, dict[str, Any]] = {}
-        self._matrices: dict[str, str] = {}  # canonical name of a matrix already stored -> initializer
         cos, sin = arch.rope.tables(context)
         self._constant("rope.cos", cos)
         self._constant("rope.sin", sin)
@@ -89,9 +79,9 @@ class OnnxOps:
         tensor = self.weights.matrix(weight)
         ids = self._name(tokens)
         if not tensor.scheme.is_integer:
-            rows = self._emit("Gather", [self._store([tensor], weight), ids])
+            rows = self._emit("Gather", [self._store([tensor]), ids])
             return rows if tensor.scheme.bits == 32 else self._emit("Cast", [rows], to=TensorProto.FLOAT)
-        stored = self._store([tensor], weight)
+        stored = self._store([tensor])
         rows_, inputs = tensor.shape
         if tensor.scheme.group is None:
             q = self._emit("Cast", [self._emit("Gather", [stored, ids])], to=TensorProto.FLOAT)
@@ -135,27 +125,16 @@ class OnnxOps:
         )
 
     def linear(self, x: Value, weight: str) -> Value:
-        if weight in self._matrices:  # the tied head: the embedding's bytes once more
-            return self._matmul(x, self._matrices[weight], self._layout[weight], [weight])
+        if weight in self._layout:  # the tied head: the embedding's bytes once more
+            return self._matmul(x, [weight])
         return self._product(x, [self.weights.matrix(weight)])
 
     def linears(self, x: Value, weights: Sequence[str]) -> Sequence[Value]:
-        tensors = [self.weights.matrix(weight) for weight in weights]
-        if any(tensor.scheme != tensors[0].scheme for tensor in tensors):
-            return [self._product(x, [tensor]) for tensor in tensors]
-        whole = Fused(self._product(x, tensors), tuple(tensor.shape[0] for tensor in tensors))
-        return [Part(whole, i) for i in range(len(tensors))]
+        return [Linear(x, weight) for weight in weights]
 
     def attention(self, q: Value, k: Value, v: Value, layer: int) -> Value:
-        if (
-            isinstance(q, Part)
-            and isinstance(k, Part)
-            and isinstance(v, Part)
-            and q.whole is k.whole is v.whole
-        ):
-            qkv = [q.whole.name, "", ""]
-        else:
-            qkv = [self._name(q), self._name(k), self._name(v)]
+        packed = self._packed([q, k, v])
+        qkv = [packed, "", ""] if packed else [self._name(q), self._name(k), self._name(v)]
         out = self._fresh()
         self._node(
             "GroupQueryAttention",
@@ -201,14 +180,24 @@ class OnnxOps:
 
     # products
 
-    def _product(self, x: Value, tensors: Sequence[QuantizedTensor]) -> str:
-        names = [tensor.name for tensor in tensors]
-        stored = self._store(tensors, _joined(names))
-        return self._matmul(x, stored, self._layout[names[0]], names)
+    def _packed(self, values: Sequence[Value]) -> str | None:
+        """One product for linears of one input, side by side; None if they are not that, or differ in scheme."""
+        linears = [value for value in values if isinstance(value, Linear)]
+        if len(linears) != len(values) or any(linear.x is not linears[0].x for linear in linears):
+            return None
+        if len({self.weights.scheme(linear.weight) for linear in linears}) > 1:
+            return None
+        return self._product(linears[0].x, [self.weights.matrix(linear.weight) for linear in linears])
 
-    def _matmul(self, x: Value, stored: str, layout: dict[str, Any], names: Sequence[str]) -> str:
-        """x @ Wᵀ (+ bias) for the weight in initializer `stored`, of the kind that `layout` says."""
-        outputs, inputs = self._initializers[stored].dims[0], layout["inputs"]
+    def _product(self, x: Value, tensors: Sequence[QuantizedTensor]) -> str:
+        self._store(tensors)
+        return self._matmul(x, [tensor.name for tensor in tensors])
+
+    def _matmul(self, x: Value, names: Sequence[str]) -> str:
+        """x @ Wᵀ (+ bias) for weights that are stored, below each other if they are several."""
+        layout = self._layout[names[0]]
+        stored, inputs = layout["initializer"], layout["inputs"]
+        outputs = self._initializers[stored].dims[0]
         bits, group = layout["bits"], layout["group"]
         if bits <= 8 and group:
             y = self._emit(
@@ -238,8 +227,9 @@ class OnnxOps:
 
     # weights
 
-    def _store(self, tensors: Sequence[QuantizedTensor], name: str) -> str:
+    def _store(self, tensors: Sequence[QuantizedTensor]) -> str:
         """Write tensors of one scheme below each other; returns the initializer's name."""
+        name = _joined([tensor.name for tensor in tensors])
         scheme, inputs = tensors[0].scheme, tensors[0].shape[1]
         outputs = sum(tensor.shape[0] for tensor in tensors)
         data = [tensor.data for tensor in tensors]
@@ -262,7 +252,6 @@ class OnnxOps:
             self._external(f"{name}.scales", TensorProto.FLOAT, scales_shape, scales)
         row = 0
         for tensor in tensors:
-            self._matrices[tensor.name] = name
             self._layout[tensor.name] = {
                 "initializer": name,
                 "row": row,
@@ -324,16 +313,8 @@ class OnnxOps:
             if value.name is None:
                 value.name = self._emit("Add", [self._name(value.left), self._name(value.right)])
             return value.name
-        if isinstance(value, Part):
-            whole = value.whole
-            if whole.parts is None:
-                whole.parts = [self._fresh() for _ in whole.sizes]
-                if len(set(whole.sizes)) == 1:
-                    self._node("Split", [whole.name], whole.parts, axis=-1, num_outputs=len(whole.sizes))
-                else:
-                    sizes = self._constant(f"{whole.name}.sizes", np.array(whole.sizes, np.int64))
-                    self._node("Split", [whole.name, sizes], whole.parts, axis=-1)
-            return whole.parts[value.index]
+        if isinstance(value, Linear):
+            return self._name(self.linear(value.x, value.weight))
         return value
 
     def _emit(

@@ -30,11 +30,15 @@ class OnnxWeights:
         """Canonical names of all matrices."""
         return [name for name, place in self._layout.items() if "bits" in place]
 
+    def scheme(self, name: str) -> Scheme:
+        """What a weight matrix was quantized to."""
+        place = self._layout[name]
+        return Scheme(place["bits"], place["group"], place["activations"])
+
     def matrix(self, name: str) -> QuantizedTensor:
         """A weight matrix with its integers and scales."""
-        place = self._layout[name]
-        rows, inputs, bits, group = place["rows"], place["inputs"], place["bits"], place["group"]
-        scheme = Scheme(bits, group, place["activations"])
+        place, scheme = self._layout[name], self.scheme(name)
+        rows, inputs, bits, group = place["rows"], place["inputs"], scheme.bits, scheme.group
         if not scheme.is_integer:
             kind = np.float16 if bits == 16 else np.float32
             return QuantizedTensor(name, scheme, (rows, inputs), self._rows(place, "", kind, inputs))

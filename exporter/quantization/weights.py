@@ -9,12 +9,16 @@ from numpy.typing import NDArray
 from exporter.checkpoint import Checkpoint
 from exporter.quantization.algorithms import find_algorithm
 from exporter.quantization.recipe import Decision
+from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor, vector_digest
 from runtimes.bundle import TensorReport
 
 
 class Weights(Protocol):
     """Quantized matrices [outputs, inputs] and float32 vectors (norms, biases) under canonical names."""
+
+    def scheme(self, name: str) -> Scheme:
+        """What a weight matrix is or becomes."""
 
     def matrix(self, name: str) -> QuantizedTensor:
         """A weight matrix."""
@@ -34,6 +38,10 @@ class QuantizedWeights:
     ) -> None:
         self._checkpoint, self._decisions, self._progress = checkpoint, decisions, progress
         self.reports: dict[str, TensorReport] = {}
+
+    def scheme(self, name: str) -> Scheme:
+        """What a weight matrix becomes."""
+        return self._decisions[name].scheme
 
     def matrix(self, name: str) -> QuantizedTensor:
         """Read, quantize and report one weight matrix."""
