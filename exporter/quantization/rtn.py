@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from exporter.checkpoint import Matrix
 from exporter.errors import CheckpointError, RecipeError
 from exporter.quantization.scheme import Scheme
-from exporter.quantization.tensor import QuantizedTensor, pack4, round_scales
+from exporter.quantization.tensor import LARGEST_SCALE, QuantizedTensor, pack4, round_scales
 from exporter.safetensors import to_float32
 
 Quantized = tuple[QuantizedTensor, float, float]  # with its relative squared error and largest error
@@ -66,15 +66,13 @@ def _quantize(matrix: Matrix, scheme: Scheme, choose: Callable[..., NDArray[np.f
 def _convert(name: str, stored: NDArray[Any], out: NDArray[Any]) -> tuple[float, float, float]:
     """Store floats as floats; Σ(w-q)², Σw², max|w-q|."""
     weights = to_float32(stored)
-    with np.errstate(over="ignore"):
-        out[...] = weights
-    if not np.isfinite(out).all():
-        if np.isfinite(weights).all():
-            raise RecipeError(
-                f"{name} has weights above 65504, which float16 cannot hold: use int8, int4 or fp32"
-            )
+    largest = np.abs(weights).max(initial=0)
+    if not np.isfinite(largest):
         raise _not_finite(name)
-    difference = (weights - out).ravel()
+    if largest > np.finfo(out.dtype).max:
+        raise RecipeError(f"{name} has weights above 65504, which float16 cannot hold: use int8, int4 or fp32")
+    out[...] = weights
+    difference = np.subtract(weights, out, dtype=np.float32).ravel()
     flat = weights.ravel()
     return float(difference @ difference), float(flat @ flat), float(np.abs(difference).max(initial=0))
 
@@ -102,6 +100,11 @@ def _round(
     if not np.isfinite(absmax).all():
         raise _not_finite(name)
     low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
+    if absmax.max() > LARGEST_SCALE * high:
+        raise RecipeError(
+            f"{name} has weights above {LARGEST_SCALE * high:.0f}, which {scheme.bits} bits with portable scales "
+            "cannot hold: use fp32"
+        )
     scales = choose(w, absmax, low, high)
     q = _rounded(w, scales, low, high, _scratch(1, w.shape))
     error = np.multiply(q, scales, out=_scratch(2, w.shape))
