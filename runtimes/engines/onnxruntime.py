@@ -62,13 +62,12 @@ class OnnxRuntimeEngine:
         options.inter_op_num_threads = 1
         options.enable_mem_pattern = False  # shapes change with each token; a plan for each would pile up
         path = bundle.file(variant.entry_points[0].file)
-        graph: str | bytes = str(path)
         if exact:
-            graph = _float_activations(path)
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
             )
         try:
+            graph = _float_activations(path) if exact else str(path)
             session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise EngineError(
@@ -89,6 +88,9 @@ class OnnxRuntimeEngine:
         self._token = np.zeros((1, 1), np.int64)
         self._logits = np.zeros((1, 1, self.vocab), np.float32)
         self._session: Any = session
+        # Made once, not for each run; the entry is what the wrapper looks for, and saves it an exception.
+        self._run_options = ort.RunOptions()
+        self._run_options.add_run_config_entry("gpu_graph_id", "-1")
         self._prefill = self._binding()
         self._step = self._binding()
         self._step.bind_cpu_input("input_ids", self._token)
@@ -160,7 +162,7 @@ class OnnxRuntimeEngine:
         total = self._position + count
         binding.bind_cpu_input("attention_mask", self._mask[:, :total])  # a view: nothing is copied
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:
             raise EngineError(
                 f"ONNX Runtime failed in variant {self._name} at token {total} ({_brief(error)}); "

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("onnx", reason="makes the toy bundle")
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 300, 40)]
 
 
-def opened(folder: Path, **options: int) -> Engine:
+def opened(folder: Path, **options: Any) -> Engine:
     return open_engine(Bundle.open(folder), threads=1, **options)
 
 
@@ -49,7 +50,7 @@ def test_a_prompt_in_several_parts(toy: Path, all_logits: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 20, 39, 40, 41])
 def test_long_prompts_go_in_chunks(toy: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    whole = opened(toy).prefill(IDS)
+    whole = opened(toy).prefill(IDS).copy()
     monkeypatch.setattr("runtimes.engines.onnxruntime.CHUNK", chunk)
     np.testing.assert_allclose(opened(toy).prefill(IDS), whole, atol=1e-5)
 
@@ -69,7 +70,7 @@ def test_going_back_and_on_is_as_from_scratch(toy: Path) -> None:
     engine.prefill(IDS)
     engine.decode(7)
     engine.reset(25)
-    again = engine.prefill(IDS[:10])
+    again = engine.prefill(IDS[:10]).copy()
     np.testing.assert_allclose(again, opened(toy).prefill(IDS[:25] + IDS[:10]), atol=1e-5)
     engine.reset()
     np.testing.assert_array_equal(engine.prefill(IDS), opened(toy).prefill(IDS))
@@ -77,15 +78,22 @@ def test_going_back_and_on_is_as_from_scratch(toy: Path) -> None:
         engine.reset(41)
 
 
-def test_logits_stay_what_they_were(toy: Path) -> None:
-    engine = opened(toy)
-    first = engine.prefill(IDS)
-    kept = first.copy()
-    second = engine.decode(1)
-    engine.decode(2)
-    np.testing.assert_array_equal(first, kept)
-    assert first.dtype == second.dtype == np.float32
-    assert first.shape == second.shape == (engine.vocab,)
+def test_logits_stay_what_they_were(toy: Path, all_logits: Path) -> None:
+    for folder in (toy, all_logits):
+        engine = opened(folder)
+        first = engine.prefill(IDS)
+        second = engine.decode(1)
+        kept = first.copy(), second.copy()
+        engine.decode(2)
+        engine.prefill(IDS[:3])
+        for logits, copy in zip((first, second), kept, strict=True):
+            np.testing.assert_array_equal(logits, copy)
+            assert (logits.dtype, logits.shape) == (np.float32, (engine.vocab,))
+
+
+def test_exact_says_the_same_where_nothing_is_rounded(toy: Path) -> None:
+    exact = open_engine(Bundle.open(toy), threads=1, exact=True)
+    np.testing.assert_array_equal(exact.prefill(IDS), opened(toy).prefill(IDS))
 
 
 def test_two_turns_reuse_the_cache_and_say_the_same(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,9 +181,7 @@ def data_elsewhere(folder: Path) -> None:
     """External data that lies outside the folder."""
     (folder.parent / "outside.data").write_bytes((folder / "model.onnx.data").read_bytes())
     graph = folder / "model.onnx"
-    graph.write_bytes(
-        graph.read_bytes().replace(b"model.onnx.data", b"../outside.data")
-    )
+    graph.write_bytes(graph.read_bytes().replace(b"model.onnx.data", b"../outside.data"))
 
 
 @pytest.mark.parametrize(
@@ -196,11 +202,12 @@ def test_damage_is_one_sentence(
 ) -> None:
     damage(copy)
     rewrite(copy)  # the manifest agrees with the files, so only the engine can notice
-    with pytest.raises(EngineError) as caught:
-        opened(copy)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 400
-    assert "export the bundle again" in str(caught.value)
+    for exact in (False, True):
+        with pytest.raises(EngineError) as caught:
+            open_engine(Bundle.open(copy), threads=1, exact=exact)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
+        assert "export the bundle again" in str(caught.value)
     assert capfd.readouterr() == ("", ""), "nothing else on the screen"
 
 
