@@ -71,36 +71,31 @@ class Sampler:
             _check(scores[best])
             return best
         tokens, probabilities = self.distribution(logits, history)
-        if len(tokens) == 1:
-            return int(tokens[0])
         edges = probabilities.cumsum()
-        return int(
-            tokens[min(int(edges.searchsorted(self._random.random() * edges[-1], "right")), len(tokens) - 1)]
-        )
+        place = int(edges.searchsorted(self._random.random() * edges[-1], "right"))
+        return int(tokens[min(place, len(tokens) - 1)])
 
     def distribution(self, logits: np.ndarray, history: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens that may be chosen (ids, likeliest first) and their probabilities (float64, sum 1).
+        """The tokens that may be chosen (ids) and their probabilities (float64, above 0, sum 1).
 
         For a temperature above 0.
         """
         s = self.sampling
-        scores = self._penalized(logits, history).astype(np.float64)
-        _check(scores[scores.argmax()])
-        scores /= s.temperature
-        tokens = np.flatnonzero(scores > -np.inf)
-        if 0 < s.top_k < len(tokens):
-            least = np.partition(scores[tokens], -s.top_k)[-s.top_k]
-            tokens = tokens[scores[tokens] >= least]  # ties with the k-th stay, as in transformers
-        tokens = tokens[np.argsort(-scores[tokens], kind="stable")]
-        probabilities = np.exp(scores[tokens] - scores[tokens[0]])
-        probabilities /= probabilities.sum()
+        scores = self._penalized(logits, history)
+        largest = scores[scores.argmax()]
+        _check(largest)
+        if 0 < s.top_k < len(scores):
+            least = np.partition(scores, -s.top_k)[-s.top_k]
+            tokens = np.flatnonzero(scores >= least)  # ties with the k-th stay, as in transformers
+        else:
+            tokens = np.arange(len(scores))
+        weights = np.exp((scores[tokens].astype(np.float64) - largest) / s.temperature)
+        keep = weights > 0
         if s.top_p < 1:
-            likelier = probabilities.cumsum() - probabilities  # what the tokens before this one reach
-            tokens, probabilities = tokens[likelier < s.top_p], probabilities[likelier < s.top_p]
+            keep = _likeliest(weights, s.top_p)
         if s.min_p > 0:
-            likely = probabilities >= s.min_p * probabilities[0]
-            tokens, probabilities = tokens[likely], probabilities[likely]
-        return tokens, probabilities / probabilities.sum()
+            keep &= weights >= s.min_p
+        return tokens[keep], weights[keep] / weights[keep].sum()
 
     def _penalized(self, logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
         penalty = self.sampling.repetition_penalty
@@ -118,3 +113,23 @@ def _check(largest: np.floating) -> None:
         raise EngineError(
             f"the model computed {largest} as a logit; its files are damaged, export the bundle again"
         )
+
+
+def _likeliest(weights: np.ndarray, share: float) -> np.ndarray:
+    """A mask of the fewest largest weights that together reach `share` of the sum.
+
+    They are few as a rule, so a growing number of candidates is sorted instead of the whole vocabulary.
+    """
+    goal, candidates = share * weights.sum(), 256
+    while candidates < len(weights):
+        order = np.argpartition(weights, -candidates)[-candidates:]
+        if weights[order].sum() >= goal:
+            break
+        candidates *= 8
+    else:
+        order = np.arange(len(weights))
+    order = order[np.argsort(-weights[order], kind="stable")]
+    before = weights[order].cumsum() - weights[order]
+    mask = np.zeros(len(weights), bool)
+    mask[order[before < goal]] = True
+    return mask

@@ -51,11 +51,11 @@ SETTINGS = [
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
 def test_same_probabilities_as_transformers(sampling: Sampling) -> None:
     random = np.random.default_rng(1)
-    for _ in range(5):
-        logits = (4 * random.standard_normal(500)).astype(np.float32)
-        history = random.integers(0, 500, 60).tolist()
+    for spread in (0.1, 1, 2, 4, 8):  # from nearly even to nearly certain
+        logits = (spread * random.standard_normal(3000)).astype(np.float32)
+        history = random.integers(0, 3000, 60).tolist()
         tokens, probabilities = Sampler(sampling).distribution(logits, history)
-        ours = np.zeros(500)
+        ours = np.zeros(3000)
         ours[tokens] = probabilities
         theirs = by_transformers(sampling, logits, history)
         assert set(np.flatnonzero(theirs)) == set(tokens)
@@ -95,9 +95,9 @@ def test_what_is_picked_may_be_picked(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     tokens, probabilities = Sampler(sampling).distribution(logits)
     assert probabilities.sum() == pytest.approx(1)
-    assert (np.diff(probabilities) <= 1e-12).all(), "likeliest first"
-    assert probabilities[-1] >= min_p * probabilities[0] * (1 - 1e-9)
-    assert logits[tokens[0]] == logits.max()
+    assert (probabilities > 0).all()
+    assert probabilities.min() >= min_p * probabilities.max() * (1 - 1e-9)
+    assert logits.argmax() in tokens
     assert Sampler(sampling).pick(logits) in tokens
     assert Sampler(sampling).pick(logits) == Sampler(sampling).pick(logits), "the same seed, the same choice"
 
