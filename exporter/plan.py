@@ -1,0 +1,420 @@
+"""What an export will be, each decision with its reason, before anything is computed.
+
+The rules are plain: the tables below, the profile's figures, and what `runtimes.predict` says a decoder needs.
+No rule knows a device by its name.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import profiles
+from exporter.architecture import Architecture
+from exporter.errors import PlanRefused, UsageError
+from exporter.quantization.recipe import Decision, Recipe
+from profiles import Chip, Device
+from runtimes.bundle import Choice
+from runtimes.predict import Decoder, Prediction, Weight, predict
+
+FORMAT, ENGINE = "onnx", "onnxruntime"
+CONTEXTS = (4096, 2048, 1024, 512, 256)  # tokens; what is planned unless asked for
+ROOMY = 1024  # tokens; a scheme that leaves room for fewer gives way to the next
+TIGHT = 0.8  # of the memory budget; more is planned only if a context of up to ROOMY tokens needs it
+SHORTEST = 16  # tokens; less holds no chat template
+SMALL_MODEL = 100_000_000  # parameters
+APP_BYTES = 300_000_000  # what the app itself needs: its screen, its code, the tokenizer
+BY_QUALITY = ("fp16", "int8", "int4", "int4-g128")  # what a refusal may offer, the best first
+
+# Planned when no scheme is asked for: the first that leaves room for a context of ROOMY tokens.
+_SCHEMES = {
+    "small": {
+        "int8": "the model is small: its weights cost little memory, and small models lose most at 4 bits",
+    },
+    "large": {
+        "int4": "groups of 32 share a scale: under a third of float16's bytes, all of which each token reads",
+        "int4-g128": "groups of 128 share a scale: int4, which has four times as many, leaves too little memory",
+    },
+}
+_BACKENDS = {
+    "hexagon": "the {npu} NPU stands idle: this version exports ONNX for the CPU, and no binary for Qualcomm's QNN",
+    "ane": "ONNX Runtime's iOS and macOS packages run this file on the CPU; the {npu} is reached through Core ML, "
+    "the better route on Apple's chips, which this version does not export",
+    "exynos": "the {npu} stands idle: this version exports ONNX for the CPU, and no format for Samsung's compiler",
+    "apu": "the {npu} stands idle: this version exports ONNX for the CPU, and no format for MediaTek's compiler",
+    "tpu": "the {npu} stands idle: this version exports ONNX for the CPU, and no format for Google's compiler",
+}
+_ACTIVATIONS = {
+    "int8": "values that meet grouped integers are rounded to 8 bits, a scale for each token and group found on the "
+    "way, which the CPU's integer dot products need; all else is float32",
+    "float32": "the CPU's kernels for these weights compute in float32",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that determines an export, why it is so, and what it will need.
+
+    `device` is None for this computer. `decisions`: canonical tensor name -> scheme and algorithm.
+    `context`: tokens that the graph can hold. `warnings`: what the user should know before it starts.
+    """
+
+    device: Device | None
+    format: str
+    engine: str
+    scheme: str
+    recipe: Recipe
+    decisions: dict[str, Decision]
+    context: int
+    last_logits_only: bool
+    choices: tuple[Choice, ...]
+    prediction: Prediction
+    warnings: tuple[str, ...]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that determines the exported files, as JSON: equal plans of one model write equal files."""
+        return {
+            "device": self.device.id if self.device else None,
+            "format": self.format,
+            "engine": self.engine,
+            "scheme": self.scheme,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "context": self.context,
+            "last_logits_only": self.last_logits_only,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON, for scripts."""
+        rows = [
+            {"name": row.name, "unit": row.unit, "value": row.value, "low": row.low, "high": row.high}
+            | {"explain": row.explain}
+            for row in self.prediction.rows()
+        ]
+        return {
+            **self.fingerprint(),
+            "choices": [choice.model_dump(mode="json") for choice in self.choices],
+            "prediction": rows,
+            "memory_budget_bytes": memory_budget(self.device),
+            "warnings": list(self.warnings),
+        }
+
+
+def make_plan(
+    arch: Architecture,
+    *,
+    device: str | None = None,
+    scheme: str | None = None,
+    algorithm: str = "rtn",
+    context: int | None = None,
+    recipe: Recipe | None = None,
+) -> Plan:
+    """Decide what is not given, and refuse what cannot be.
+
+    `device`: a name, model code or chip that `profiles.find` knows; None plans for this computer, without a
+    memory budget. `context` in tokens.
+
+    Raises:
+        PlanRefused: the model does not fit the device's app memory as asked (the message says what would), or
+            the context is not one that the model can have.
+        RecipeError: no such scheme or algorithm, or a recipe that does not fit the model.
+        UsageError: a recipe together with a scheme or an algorithm.
+        UnknownDevice, AmbiguousDevice: see `profiles.find`.
+    """
+    target = profiles.find(device) if device is not None else None
+    if recipe and (scheme or algorithm != "rtn"):
+        raise UsageError("a recipe says scheme and algorithm itself: give a recipe, or those two")
+    if context is not None and not SHORTEST <= context <= arch.context:
+        raise PlanRefused(
+            f"a context of {context} tokens was asked for, but this model was trained for {arch.context}: "
+            f"ask for {SHORTEST} to {arch.context}"
+        )
+    if recipe:
+        offered = {recipe: "as the recipe says"}
+    elif scheme:
+        offered = {Recipe.uniform(scheme, algorithm): "as asked for"}
+    else:
+        size = "small" if arch.parameters < SMALL_MODEL else "large"
+        offered = {Recipe.uniform(name, algorithm): why for name, why in _SCHEMES[size].items()}
+    contexts = (context,) if context else _contexts(arch)
+    chosen = _choose(arch, target, offered, contexts)
+    if chosen is None:
+        assert target, "without a device everything fits"
+        raise PlanRefused(_refusal(arch, target, next(iter(offered)), contexts, context))
+    return _plan(arch, target, chosen, offered[chosen.recipe], asked=context is not None)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    recipe: Recipe
+    decisions: dict[str, Decision]
+    context: int
+    prediction: Prediction
+
+
+def _choose(
+    arch: Architecture, device: Device | None, recipes: Iterable[Recipe], contexts: tuple[int, ...]
+) -> _Candidate | None:
+    """The recipe and the context (of `contexts`, descending) to plan with; None if nothing fits.
+
+    The first recipe that fits easily with a roomy context, and the longest that does; else the first that fits
+    at all with a roomy context, else with any.
+    """
+    budget = memory_budget(device)
+    longest, shortest = contexts[0], contexts[-1]
+    roomy = max(shortest, min(ROOMY, longest))
+    ladders = [_ladder(arch, device, recipe, contexts) for recipe in recipes]
+    for share, least, most in ((TIGHT, roomy, longest), (1, roomy, roomy), (1, shortest, roomy)):
+        for ladder in ladders:
+            for step in ladder:
+                if least <= step.context <= most and (
+                    budget is None or step.prediction.memory.value <= share * budget
+                ):
+                    return step
+    return None
+
+
+def _ladder(
+    arch: Architecture, device: Device | None, recipe: Recipe, contexts: Iterable[int]
+) -> list[_Candidate]:
+    """One candidate for each context."""
+    decisions = recipe.resolve(arch)
+    decoder = _decoder(arch, decisions)
+    bandwidth = device.soc.bandwidth_bytes_per_s if device else None
+    return [
+        _Candidate(recipe, decisions, context, predict(decoder, context, engine=ENGINE, bandwidth=bandwidth))
+        for context in contexts
+    ]
+
+
+def _contexts(arch: Architecture) -> tuple[int, ...]:
+    """The steps that the model can hold, longest first; its own length if that is shorter than all of them."""
+    longest = min(arch.context, CONTEXTS[0])
+    return longest, *(step for step in CONTEXTS if step < longest)
+
+
+def memory_budget(device: Device | None) -> int | None:
+    """Bytes that the model may use in an app on `device`; None without a device: nothing is known then."""
+    return max(device.app_memory_bytes - APP_BYTES, 0) if device else None
+
+
+def _decoder(arch: Architecture, decisions: Mapping[str, Decision]) -> Decoder:
+    """The numbers that a prediction needs. An embedding that is not the head too is only looked up."""
+    weights = []
+    for name, shape in arch.matrices():
+        scheme = decisions[name].scheme
+        weights.append(Weight(shape, scheme.bits, scheme.group, name != "embedding" or arch.tied))
+    return Decoder(
+        weights=tuple(weights),
+        vectors=sum(length for _, length in arch.vectors()),
+        layers=arch.layers,
+        hidden=arch.hidden,
+        ffn=arch.ffn,
+        heads=arch.heads,
+        kv_heads=arch.kv_heads,
+        head_dim=arch.head_dim,
+        rotary=arch.rope.dim,
+        softcap=arch.attention_softcap > 0,
+    )
+
+
+# refusing
+
+
+def _refusal(
+    arch: Architecture, device: Device, recipe: Recipe, contexts: tuple[int, ...], context: int | None
+) -> str:
+    """Why nothing fits, and what would: less context, another scheme, or else a smaller model."""
+    budget = memory_budget(device) or 0
+    needed = _ladder(arch, device, recipe, contexts[-1:])[0]
+    found = (
+        f"the model ({_count(arch.parameters)} parameters) at {recipe.name} with a context of {needed.context} tokens "
+        f"needs {_gb(needed.prediction.memory.value)}, but on {device.name} it may use {_gb(budget)} "
+        f"({_without_sources(device.app_memory_reason)}; {_gb(APP_BYTES)} stay for the app)"
+    )
+    powers = [1 << power for power in range(CONTEXTS[-1].bit_length() - 1, arch.context.bit_length())]
+    every = tuple(sorted({arch.context, *powers}, reverse=True))
+    wanted = context or min(ROOMY, arch.context)
+
+    def fitting(other: Recipe) -> list[_Candidate]:
+        return [
+            step for step in _ladder(arch, device, other, every) if step.prediction.memory.value <= budget
+        ]
+
+    same = fitting(recipe)
+    others = [steps[0] for name in BY_QUALITY if (steps := fitting(Recipe.uniform(name)))]
+    offers = same[:1] + [step for step in others if step.context >= wanted][:1]
+    if not offers:
+        offers = others[:1]
+    if offers:
+        listed = " or ".join(f"{step.recipe.name} with up to {step.context} tokens" for step in offers)
+        return f"{found}: {listed} fits"
+    least = _ladder(arch, device, Recipe.uniform(BY_QUALITY[-1]), every[-1:])[0]
+    size = int(arch.parameters * budget / least.prediction.memory.value)
+    return (
+        f"{found}: no scheme makes it fit ({least.recipe.name} with {least.context} tokens needs "
+        f"{_gb(least.prediction.memory.value)}), take a model of up to about {_count(size)} parameters"
+    )
+
+
+def _without_sources(reason: str) -> str:
+    """A profile's reason without the sources in brackets, which the plan shows."""
+    return re.sub(r" \([^()]*\)", "", reason)
+
+
+# explaining
+
+
+def _plan(arch: Architecture, device: Device | None, chosen: _Candidate, why: str, asked: bool) -> Plan:
+    prediction, budget = chosen.prediction, memory_budget(device)
+    choices = [
+        _format_choice(),
+        _backend(device),
+        Choice(topic="scheme", value=chosen.recipe.name, reason=why),
+        *_deviations(chosen.decisions),
+        _activations(chosen.decisions),
+        _context(arch, device, chosen, asked),
+        Choice(
+            topic="entry points",
+            value="decode",
+            reason="one graph takes any number of tokens, a prompt or the one just chosen, and gives the logits of "
+            "the last: those before it are never read",
+        ),
+        *_positions(arch, chosen.context),
+        *_windows(arch, chosen.context),
+        _threads(device),
+    ]
+    warnings = []
+    if device and not prediction.decode:
+        warnings.append(
+            f"the profile of {device.name} does not say its memory bandwidth: its speed is not predicted"
+        )
+    if device and budget:
+        needed = prediction.memory.value
+        share = needed / budget
+        choices.append(
+            Choice(
+                topic="memory",
+                value=f"{_gb(needed)} of {_gb(budget)}",
+                reason=f"{device.app_memory_reason}; {_gb(APP_BYTES)} stay for the app",
+            )
+        )
+        if share > TIGHT:
+            warnings.append(
+                f"tight: {_gb(needed)} is {share:.0%} of the {_gb(budget)} that the model may use on {device.name}; "
+                "a shorter context leaves more"
+            )
+    return Plan(
+        device=device,
+        format=FORMAT,
+        engine=ENGINE,
+        scheme=chosen.recipe.name,
+        recipe=chosen.recipe,
+        decisions=chosen.decisions,
+        context=chosen.context,
+        last_logits_only=True,
+        choices=tuple(choices),
+        prediction=prediction,
+        warnings=tuple(warnings),
+    )
+
+
+def _format_choice() -> Choice:
+    return Choice(
+        topic="format",
+        value="onnx",
+        reason="one file for Android, iOS, Linux, macOS and Windows; ONNX Runtime maps its weights from the file and "
+        "multiplies by the integers as they are stored",
+    )
+
+
+def _backend(device: Device | None) -> Choice:
+    npu = device.soc.npu if device else None
+    why = _BACKENDS[npu.kind].format(npu=npu.name) if npu else "runs on every phone and computer"
+    return Choice(topic="backend", value="CPU (ONNX Runtime)", reason=why)
+
+
+def _deviations(decisions: Mapping[str, Decision]) -> Iterator[Choice]:
+    """One choice for each group of tensors that got another scheme than most."""
+    usual, _ = Counter(decision.scheme for decision in decisions.values()).most_common(1)[0]
+    groups: dict[Decision, list[str]] = {}
+    for name, decision in decisions.items():
+        if decision.scheme != usual:
+            groups.setdefault(decision, []).append(name)
+    for decision, names in groups.items():
+        kinds = sorted({name.split(".", 2)[-1] for name in names})
+        yield Choice(
+            topic="tensors",
+            value=f"{len(names)} tensor{'s' if len(names) > 1 else ''} at {decision.scheme.name}",
+            reason=f"{', '.join(kinds)}: {decision.note or 'as the recipe says'}",
+        )
+
+
+def _activations(decisions: Mapping[str, Decision]) -> Choice:
+    kinds = sorted({decision.scheme.activations for decision in decisions.values()}, reverse=True)
+    return Choice(
+        topic="activations",
+        value=" and ".join(kinds),
+        reason="; ".join(_ACTIVATIONS[kind] for kind in kinds),
+    )
+
+
+def _context(arch: Architecture, device: Device | None, chosen: _Candidate, asked: bool) -> Choice:
+    per_token = chosen.prediction.cache.value / chosen.context
+    cost = f"each token takes {per_token / 1e3:.1f} kB of KV cache"
+    if asked:
+        why = f"as asked for; {cost}"
+    elif chosen.context == arch.context:
+        why = f"all that the model was trained for; {cost}"
+    elif chosen.context == CONTEXTS[0]:
+        why = f"enough for a chat; {cost}, the model could hold {arch.context} tokens"
+    else:
+        why = f"more does not fit well in the memory of {device.name if device else 'this computer'}; {cost}"
+    return Choice(topic="context", value=f"{chosen.context} tokens", reason=why)
+
+
+def _positions(arch: Architecture, context: int) -> Iterator[Choice]:
+    """LongRoPE has two sets of frequencies; a graph has one of them for all its positions."""
+    if arch.rope.long_inv_freq is None:
+        return
+    original = arch.rope.original_context
+    if arch.rope.is_long(context):
+        value, why = "long factors", f"the context is longer than the {original} tokens before the extension"
+    else:
+        value = "short factors"
+        why = f"the context is within the {original} tokens before the extension, where these are exact"
+    yield Choice(topic="rope", value=value, reason=why)
+
+
+def _windows(arch: Architecture, context: int) -> Iterator[Choice]:
+    """Layers that see only the last tokens; of no effect where the context is no longer than the window."""
+    windows = [window for window in arch.windows if 0 < window < context]
+    if windows:
+        yield Choice(
+            topic="sliding window",
+            value=f"{max(windows)} tokens in {len(windows)} of {arch.layers} layers",
+            reason="as it was trained: older tokens are masked, the KV cache holds them all the same",
+        )
+
+
+def _threads(device: Device | None) -> Choice:
+    cores = device.soc.performance_cores if device else None
+    if device is None or cores is None:
+        return Choice(topic="threads", value="found when it runs", reason="one for each fast core")
+    return Choice(topic="threads", value=str(cores), reason=_cores(device.soc))
+
+
+def _cores(chip: Chip) -> str:
+    slow = [] if chip.cpu is None else [c for c in chip.cpu.clusters if not c.performance]
+    if not slow:
+        return f"one for each core of the {chip.name}"
+    listed = " and ".join(f"{cluster.count} {cluster.core} cores" for cluster in slow)
+    return f"one for each fast core of the {chip.name}; {listed} would hold them up"
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.0f} M"
