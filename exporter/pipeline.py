@@ -93,7 +93,7 @@ def _write_onnx(source: Checkpoint, plan: Plan, text: TextSide, folder: Path, pr
     )
     return {
         "variant": variant.model_dump(mode="json"),
-        "tensors": [report.model_dump(mode="json") for report in weights.reports.values()],
+        "tensors": [report.model_dump(mode="json") for report in weights.reports],
     }
 
 

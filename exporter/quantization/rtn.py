@@ -7,10 +7,8 @@ integers explain most of the group wins with the scale that suits them best (wei
 llama.cpp's Q4_0, github.com/ggml-org/llama.cpp, ggml-quants.c, make_qx_quants).
 """
 
-import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from exporter.checkpoint import Matrix
 from exporter.errors import CheckpointError, RecipeError
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import LARGEST_SCALE, QuantizedTensor, pack4, round_scales
+from exporter.quantization.threads import threads
 from exporter.safetensors import to_float32
 
 Quantized = tuple[QuantizedTensor, float, float]  # with its relative squared error and largest error
@@ -57,7 +56,7 @@ def _quantize(matrix: Matrix, scheme: Scheme, choose: Callable[..., NDArray[np.f
         return figures
 
     step = max(1, _BLOCK // inputs)
-    figures = np.array(list(_pool().map(block, range(0, outputs, step))))
+    figures = np.array(list(threads().map(block, range(0, outputs, step))))
     squared, power, worst = figures[:, 0].sum(), figures[:, 1].sum(), figures[:, 2].max()
     tensor = QuantizedTensor(matrix.name, scheme, matrix.shape, data, scales)
     return tensor, float(squared / power) if power else 0.0, float(worst)
@@ -166,14 +165,3 @@ def _scratch(which: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
     if which not in buffers or buffers[which].size < size:
         buffers[which] = np.empty(size, np.float32)
     return buffers[which][:size].reshape(shape)
-
-
-def _pool() -> ThreadPoolExecutor:
-    """Threads for row blocks; numpy releases the interpreter's lock."""
-    global _threads
-    if _threads is None:
-        _threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="quantize")
-    return _threads
-
-
-_threads: ThreadPoolExecutor | None = None

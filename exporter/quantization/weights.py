@@ -1,6 +1,7 @@
 """Where the verbs of the decoder find their weights, by canonical name."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ from exporter.quantization.algorithms import find_algorithm
 from exporter.quantization.recipe import Decision
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor, vector_digest
+from exporter.quantization.threads import threads
 from runtimes.bundle import TensorReport
 
 
@@ -28,7 +30,7 @@ class Weights(Protocol):
 
 
 class QuantizedWeights:
-    """A checkpoint's weights, quantized when asked for; each is reported once in `reports`."""
+    """A checkpoint's weights, quantized when asked for; `reports` tells of all that were."""
 
     def __init__(
         self,
@@ -37,7 +39,12 @@ class QuantizedWeights:
         progress: Callable[[str, int], None] = lambda name, weights: None,
     ) -> None:
         self._checkpoint, self._decisions, self._progress = checkpoint, decisions, progress
-        self.reports: dict[str, TensorReport] = {}
+        self._reports: dict[str, Future[TensorReport]] = {}  # digests, found while the next weight is made
+
+    @property
+    def reports(self) -> list[TensorReport]:
+        """One report for each weight, in the order in which they were first asked for."""
+        return [report.result() for report in self._reports.values()]
 
     def scheme(self, name: str) -> Scheme:
         """What a weight matrix becomes."""
@@ -48,31 +55,39 @@ class QuantizedWeights:
         decision = self._decisions[name]
         source = self._checkpoint.matrix(name)
         tensor, error, worst = find_algorithm(decision.algorithm)(source, decision.scheme)
-        self.reports[name] = TensorReport(
-            name=name,
-            scheme=decision.scheme.name,
-            algorithm=decision.algorithm if decision.scheme.is_integer else "convert",
-            shape=tensor.shape,
-            bytes=tensor.nbytes,
-            error=error,
-            max_error=worst,
-            digest=tensor.digest(),
-            note=decision.note,
-        )
+
+        def report() -> TensorReport:
+            return TensorReport(
+                name=name,
+                scheme=decision.scheme.name,
+                algorithm=decision.algorithm if decision.scheme.is_integer else "convert",
+                shape=tensor.shape,
+                bytes=tensor.nbytes,
+                error=error,
+                max_error=worst,
+                digest=tensor.digest(),
+                note=decision.note,
+            )
+
+        self._reports[name] = threads().submit(report)
         self._progress(name, tensor.shape[0] * tensor.shape[1])
         return tensor
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """Read and report one norm's weight or bias, which stays float32."""
         values = self._checkpoint.vector(name)
-        self.reports[name] = TensorReport(
-            name=name,
-            scheme="fp32",
-            algorithm="convert",
-            shape=values.shape,
-            bytes=values.nbytes,
-            error=0.0,
-            max_error=0.0,
-            digest=vector_digest(values),
-        )
+
+        def report() -> TensorReport:
+            return TensorReport(
+                name=name,
+                scheme="fp32",
+                algorithm="convert",
+                shape=values.shape,
+                bytes=values.nbytes,
+                error=0.0,
+                max_error=0.0,
+                digest=vector_digest(values),
+            )
+
+        self._reports[name] = threads().submit(report)
         return values

@@ -73,7 +73,7 @@ def write(
     arch = checkpoint.architecture
     weights = QuantizedWeights(checkpoint, recipe.resolve(arch))
     write_onnx(arch, weights, context, folder, last_only=last_only)
-    return weights.reports
+    return {report.name: report for report in weights.reports}
 
 
 def reference(
