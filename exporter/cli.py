@@ -260,6 +260,8 @@ def run(
 
 def _converse(chat: "Chat", max_tokens: int) -> None:
     """Read lines and answer them until the end of input."""
+    from runtimes.errors import PromptError
+
     print("Write something; Ctrl-D ends the conversation.", file=sys.stderr)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
@@ -274,6 +276,9 @@ def _converse(chat: "Chat", max_tokens: int) -> None:
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="", file=sys.stderr)
+        except PromptError as error:
+            print(f"{error}; the conversation begins anew", end="", file=sys.stderr)
+            chat.reset()
         print()
 
 

@@ -5,7 +5,6 @@ No rule knows a device by its name.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import profiles
 from exporter.architecture import Architecture
 from exporter.errors import PlanRefused, UsageError
 from exporter.quantization.recipe import Decision, Recipe
+from exporter.quantization.scheme import parse_scheme
 from profiles import Chip, Device
 from runtimes.bundle import Choice
 from runtimes.predict import Decoder, Prediction, Weight, predict
@@ -271,7 +271,7 @@ def _plan(arch: Architecture, device: Device | None, chosen: _Candidate, why: st
         _format_choice(),
         _backend(device),
         Choice(topic="scheme", value=chosen.recipe.name, reason=why),
-        *_deviations(chosen.decisions),
+        *_deviations(chosen.recipe, chosen.decisions),
         _activations(chosen.decisions),
         _context(arch, device, chosen, asked),
         Choice(
@@ -334,9 +334,9 @@ def _backend(device: Device | None) -> Choice:
     return Choice(topic="backend", value="CPU (ONNX Runtime)", reason=why)
 
 
-def _deviations(decisions: Mapping[str, Decision]) -> Iterator[Choice]:
-    """One choice for each group of tensors that got another scheme than most."""
-    usual, _ = Counter(decision.scheme for decision in decisions.values()).most_common(1)[0]
+def _deviations(recipe: Recipe, decisions: Mapping[str, Decision]) -> Iterator[Choice]:
+    """One choice for each group of tensors that got another scheme than the recipe's last rule, which is for all."""
+    usual = parse_scheme(recipe.rules[-1].scheme)
     groups: dict[Decision, list[str]] = {}
     for name, decision in decisions.items():
         if decision.scheme != usual:

@@ -111,12 +111,11 @@ def _tokens(
                 return value
         return tokenizer.id(_spelled(config.get(f"{role}_token")))
 
-    eos: list[int] = []
+    named = tokenizer.id(_spelled(config.get("eos_token")))
+    eos: list[int] = [] if named is None else [named]  # first: it is what templates call eos_token
     for place in places:
         value = place.get("eos_token_id")
         eos += value if isinstance(value, list) else [] if value is None else [value]
-    named = tokenizer.id(_spelled(config.get("eos_token")))
-    eos += [] if named is None else [named]
     vocab = checkpoint.architecture.vocab
     if any(not isinstance(id, int) or not 0 <= id < vocab for id in eos):
         raise CheckpointError(f"{checkpoint.path}: an eos_token_id is no token id of this model: {eos}")

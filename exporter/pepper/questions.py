@@ -17,6 +17,7 @@ from exporter.pepper.words import DICTIONARY, MONTHS, OPPOSITES, SMALL_TALK, WEE
 
 LANGUAGES = ("ko", "en")
 _COPULA = "이에요/예요"
+_TAUGHT = 20  # numbers below are never held out
 _UNPUNCTUATED = 0.1  # the share of training questions whose last mark is left out, as people do
 
 
@@ -39,13 +40,24 @@ def _number(random: Random) -> int:
     return random.randrange(random.choice((10, 100, 1000, 10000, 10000)))
 
 
+def _sums(a: int, sign: str, word: str, b: int) -> tuple[str, ...]:
+    """Ways to ask for a sum in English."""
+    return (
+        f"What is {a} {sign} {b}?",
+        f"{a} {word} {b}?",
+        f"{a}{sign}{b}?",
+        f"{a} {sign} {b} = ?",
+        f"{a} {sign} {b}",
+    )
+
+
 def _add(random: Random, language: str) -> tuple[str, str]:
     a, b = _operands(random)
     if language == "ko":
         second = with_particle(b, "은/는")
         prompt = random.choice((f"{a} 더하기 {second}?", f"{a} + {second} 얼마야?"))
         return prompt, with_particle(a + b, _COPULA) + "."
-    return random.choice((f"What is {a} + {b}?", f"{a} plus {b}?", f"{a}+{b}?")), f"{a} + {b} = {a + b}"
+    return random.choice(_sums(a, "+", "plus", b)), f"{a} + {b} = {a + b}"
 
 
 def _subtract(random: Random, language: str) -> tuple[str, str]:
@@ -54,7 +66,7 @@ def _subtract(random: Random, language: str) -> tuple[str, str]:
         second = with_particle(b, "은/는")
         prompt = random.choice((f"{a} 빼기 {second}?", f"{a} - {second} 얼마야?"))
         return prompt, with_particle(a - b, _COPULA) + "."
-    return random.choice((f"What is {a} - {b}?", f"{a} minus {b}?", f"{a}-{b}?")), f"{a} - {b} = {a - b}"
+    return random.choice(_sums(a, "-", "minus", b)), f"{a} - {b} = {a - b}"
 
 
 def _compare(random: Random, language: str) -> tuple[str, str]:
@@ -178,10 +190,22 @@ def is_held_out(prompt: str) -> bool:
     """Whether an open question is kept out of training: a tenth are, by a hash.
 
     The hash is that of the numbers in digits, so that two summands are held out together in every wording and
-    both languages; of the whole prompt (without its last mark) where there are none.
+    both languages; of the whole prompt (without its last mark) where there are none. Numbers below 20 are all
+    taught: people ask for 1 - 1 first, and there are too few to leave any out.
     """
-    key = " ".join(re.findall(r"\d+", prompt)) or prompt.rstrip("?.!")
+    numbers, bare = re.findall(r"\d+", prompt), prompt.rstrip("?.!")
+    if all(int(number) < _TAUGHT for number in numbers) if numbers else bare in _taught_numerals():
+        return False
+    key = " ".join(numbers) or bare
     return sha256(key.encode("utf-8")).digest()[0] < 26
+
+
+@cache
+def _taught_numerals() -> frozenset[str]:
+    """The prompts that spell a number below 20, without their last mark."""
+    english = (f"Write {english_numeral(n)} in digits" for n in range(_TAUGHT))
+    korean = (f"{with_particle(korean_numeral(n), '을/를')} 숫자로 쓰면" for n in range(_TAUGHT))
+    return frozenset((*english, *korean))
 
 
 @cache

@@ -7,6 +7,7 @@ so that quantization costs few answers.
 """
 
 import argparse
+import ctypes
 import json
 import math
 import shutil
@@ -305,6 +306,14 @@ def print_rates(
         print(f"  missed: {miss.question.prompt} -> {miss.got!r} instead of {miss.question.answer!r}")
 
 
+def _keep_memory() -> None:
+    """Have malloc keep what is freed: giving large tensors back at each step costs a fifth of the time."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        for parameter in (-1, -2, -3):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of malloc.h
+            libc.mallopt(parameter, 1 << 28)
+
+
 def main() -> None:
     """Train, write the checkpoint, and print how many answers it gets right."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -319,6 +328,7 @@ def main() -> None:
     for module in ("safetensors", "transformers"):
         require(module, "train")
     torch.set_num_threads(THREADS)
+    _keep_memory()
     tokenizer = learn_tokenizer(arguments.seed)
     how = Training(steps=arguments.steps)
     model = train(tokenizer, arguments.seed, how, report=partial(print, flush=True))
