@@ -20,7 +20,7 @@ CONVERSATION = 512  # tokens in the KV cache for which decoding is predicted
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight matrix [outputs, inputs] as it is stored; bytes of scales included in none of `shape`.
+    """A weight matrix of `shape` (outputs, inputs) as it is stored; `group`: inputs that share a float32 scale.
 
     `multiplied`: a product reads all of it for each token; otherwise it is only looked up, row by row.
     """
@@ -81,16 +81,14 @@ class Estimate:
     @property
     def key(self) -> str:
         """Name and unit in one word: peak_memory_bytes, decode_tokens_per_s."""
-        return f"{self.name} {self.unit}".replace("/", "_per_").replace(" ", "_")
+        return f"{self.name} {self.unit}".lower().replace("/", "_per_").replace(" ", "_")
 
     @property
     def text(self) -> str:
         """The value for a person, with its bounds."""
-        if self.low is None or self.high is None:
-            return _text(self.value, self.unit)
-        return (
-            f"{_text(self.value, self.unit)} ({_text(self.low, self.unit)} to {_text(self.high, self.unit)})"
-        )
+        show, unit = (_size, "") if self.unit == "bytes" else (_rate, f" {self.unit}")
+        bounds = f" ({show(self.low)} to {show(self.high)})" if self.low and self.high else ""
+        return f"{show(self.value)}{unit}{bounds}"
 
 
 @dataclass(frozen=True)
@@ -240,8 +238,8 @@ def _engines() -> dict[str, Any]:
 
 
 def _size(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
+    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 999.5e6 else f"{nbytes / 1e6:.3g} MB"
 
 
-def _text(value: float, unit: str) -> str:
-    return _size(value) if unit == "bytes" else f"{value:.2g} {unit}"
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
