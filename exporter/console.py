@@ -1,9 +1,11 @@
 """How the command line shows things to a person: always on standard error."""
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from profiles import Device
     from runtimes.bundle import Bundle, Choice, Gate
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
 
 
 def size(nbytes: float) -> str:
@@ -24,7 +26,14 @@ def size(nbytes: float) -> str:
     >>> size(3_210_000), size(2_100_000_000)
     ('3.2 MB', '2.10 GB')
     """
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+    for unit, scale, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.{digits}f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+def _table(title: str, *columns: str) -> Table:
+    return Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 @contextlib.contextmanager
@@ -42,7 +51,7 @@ def progress() -> Iterator["Report"]:
 
 def show_choices(title: str, choices: Iterable["Choice"]) -> None:
     """Decisions, each with its reason."""
-    table = Table("topic", "choice", "why", title=title, title_justify="left")
+    table = _table(title, "topic", "choice", "why")
     for choice in choices:
         table.add_row(choice.topic, choice.value, choice.reason)
     console.print(table)
@@ -52,7 +61,7 @@ def show_plan(name: str, plan: "Plan") -> None:
     """A plan: decisions, predictions, warnings."""
     target = plan.device.name if plan.device else "this computer"
     show_choices(f"Plan: {name} for {target}", plan.choices)
-    table = Table("predicted", "", "how", title="Prediction", title_justify="left")
+    table = _table("Prediction", "predicted", "", "how")
     for figure in plan.prediction.rows():
         table.add_row(figure.name, figure.text, figure.explain)
     console.print(table)
@@ -65,7 +74,7 @@ def show_gate(gate: "Gate") -> None:
     if gate.status == "unverified":
         console.print("gate: [yellow]unverified[/yellow] (exported with --no-verify)")
         return
-    table = Table("check", "", "found", title="Gate", title_justify="left")
+    table = _table("Gate", "check", "", "found")
     for check in gate.checks:
         table.add_row(
             check.name, "[green]passed[/green]" if check.passed else "[red]failed[/red]", check.detail
@@ -89,15 +98,13 @@ def show_bundle(bundle: "Bundle", tensors: bool) -> None:
         )
     console.print(f"stops on tokens {', '.join(map(str, manifest.tokens.eos))}")
     show_choices("Plan", manifest.plan)
-    files = Table("file", "size", "SHA-256", title="Files", title_justify="left")
+    files = _table("Files", "file", "size", "SHA-256")
     for entry in manifest.files:
         files.add_row(entry.path, size(entry.size), entry.sha256[:16])
     console.print(files)
     show_gate(manifest.gate)
     if tensors:
-        table = Table(
-            "tensor", "scheme", "algorithm", "shape", "error", "note", title="Tensors", title_justify="left"
-        )
+        table = _table("Tensors", "tensor", "scheme", "algorithm", "shape", "error", "note")
         for t in manifest.tensors:
             shape = "×".join(map(str, t.shape))
             table.add_row(t.name, t.scheme, t.algorithm, shape, f"{t.error:.2e}", t.note)
@@ -106,13 +113,13 @@ def show_bundle(bundle: "Bundle", tensors: bool) -> None:
 
 def show_devices(devices: Iterable["Device"]) -> None:
     """Profiles, a line each."""
-    table = Table("device", "chip", "memory", "an app may use", "model codes")
+    table = _table("", "device", "chip", "memory", "an app may use", "model codes")
     for device in devices:
         table.add_row(
             device.name,
             device.soc.name,
-            size(device.ram_bytes),
-            size(device.app_memory_bytes),
+            f"{device.ram_bytes / 2**30:.0f} GiB",
+            f"{device.app_memory_bytes / 2**30:.1f} GiB",
             ", ".join(device.model_codes),
         )
     console.print(table)
@@ -120,7 +127,7 @@ def show_devices(devices: Iterable["Device"]) -> None:
 
 def show_score(score: "Score") -> None:
     """Exact answers by kind and language."""
-    table = Table("", "right", "asked", "rate", title="Exact answers", title_justify="left")
+    table = _table("Exact answers", "", "right", "asked", "rate")
     rows = {"all": score.overall, **score.by_language, **score.by_kind}
     for name, tally in rows.items():
         table.add_row(name, str(tally.right), str(tally.asked), f"{tally.rate:.1%}")
