@@ -43,11 +43,12 @@ class Weight:
         scales = 0 if self.bits > 8 else outputs * (inputs // self.group if self.group else 1) * FLOAT
         return {"data": count * self.bits // 8, "scales": scales, "floats": count * FLOAT}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
+    def blocks(self) -> Iterator[int]:
+        """Bytes of each block in the file."""
         sizes = self.sizes()
-        return sizes["data"] + sizes["scales"]
+        yield sizes["data"]
+        if sizes["scales"]:
+            yield sizes["scales"]
 
 
 @dataclass(frozen=True)
@@ -137,23 +138,18 @@ def predict(
 
 
 def _file(decoder: Decoder, costs: dict[str, Any], context: int) -> Estimate:
-    tables = 2 * context * (decoder.rotary // 2) * FLOAT
-    blocks = [size for weight in decoder.weights for size in _blocks(weight)] + [tables // 2] * 2
-    padding = sum(costs["alignment"] // 2 for size in blocks if size >= 16 * costs["alignment"])
+    table = context * (decoder.rotary // 2) * FLOAT
+    blocks = [table, table, *(size for weight in decoder.weights for size in weight.blocks())]
+    end, paged, alignment = 0, costs["paged_bytes"], costs["alignment"]
+    for size in blocks:
+        end += -end % alignment[size >= paged] + size
     graph = costs["graph_bytes"] + costs["graph_bytes_per_layer"] * decoder.layers
     return Estimate(
         "file",
         "bytes",
-        sum(blocks) + decoder.vectors * FLOAT + padding + graph,
+        end + decoder.vectors * FLOAT + graph,
         "weights with their scales, norms and biases, the tables of the rotary embedding, the graph",
     )
-
-
-def _blocks(weight: Weight) -> Iterator[int]:
-    sizes = weight.sizes()
-    yield sizes["data"]
-    if sizes["scales"]:
-        yield sizes["scales"]
 
 
 def _memory(decoder: Decoder, costs: dict[str, Any], context: int) -> Estimate:

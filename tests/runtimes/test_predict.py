@@ -185,7 +185,7 @@ def test_more_context_takes_more(model: Decoder, context: int, more: int) -> Non
     short, long = (predict(model, tokens, bandwidth=5e10) for tokens in (context, context + more))
     assert short.memory.value <= long.memory.value
     assert short.cache.value < long.cache.value
-    assert short.file.value < long.file.value
+    assert short.file.value <= long.file.value
     assert short.decode is not None
     assert long.decode is not None
     assert short.decode.value >= long.decode.value
