@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STEP = 0.005  # seconds between two looks at the memory
+_STEP = 0.005  # seconds between two looks at the memory
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Run:
     stderr_tail: str
 
 
-def run_measured(command: Sequence[str], env: Mapping[str, str] | None = None, step: float = STEP) -> Run:
+def run_measured(command: Sequence[str], env: Mapping[str, str] | None = None) -> Run:
     """Run `command` to its end; `env` is added to this process's environment. Linux only (/proc).
 
-    Memory is looked at every `step` seconds: a peak shorter than that may be missed in peak_anon_bytes.
+    Memory is looked at every 5 ms: a peak shorter than that may be missed in peak_anon_bytes.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         start = time.perf_counter()
@@ -45,7 +45,7 @@ def run_measured(command: Sequence[str], env: Mapping[str, str] | None = None, s
             anon = max(anon, sum(a for a, _, _ in now))
             rss = max(rss, sum(r for _, r, _ in now), *(high for _, _, high in now))
             try:
-                process.wait(step)
+                process.wait(_STEP)
             except subprocess.TimeoutExpired:
                 continue
         wall = time.perf_counter() - start
@@ -55,9 +55,9 @@ def run_measured(command: Sequence[str], env: Mapping[str, str] | None = None, s
     return Run(wall, anon, rss, process.returncode, printed, complaint[-2000:])
 
 
-def run_or_stop(command: Sequence[str], env: Mapping[str, str] | None = None, step: float = STEP) -> Run:
+def run_or_stop(command: Sequence[str], env: Mapping[str, str] | None = None) -> Run:
     """`run_measured`, but a command that fails ends the benchmark with what it said."""
-    run = run_measured(command, env, step)
+    run = run_measured(command, env)
     if run.returncode:
         raise SystemExit(f"{' '.join(command)}\nfailed with exit code {run.returncode}:\n{run.stderr_tail}")
     return run

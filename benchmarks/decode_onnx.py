@@ -2,8 +2,9 @@
 
 The same random checkpoint, exported at 4 bits by onnxruntime-genai's builder and by Gochu, runs in
 onnxruntime-genai on the same threads; then the same bundle runs in Gochu's engine, and so does pepper's, a
-model so small that what is measured is the cost of a step rather than of its products. Each measurement is a
-process of its own, taken in turns; a ratio is the median over the rounds of the ratio within a round.
+model so small that what is measured is the cost of a step rather than of its products. All are loaded at
+once, each in a process of its own, and run in turns, a few tokens at a time: whatever else the machine does
+slows them all alike. A ratio is the median over the rounds of the ratio within a round.
 
     python benchmarks/decode_onnx.py --check
 """
@@ -12,19 +13,23 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import Bound, finish, run_or_stop, table
-from export_onnx import OFFLINE, SHAPE, builder, gochu
+from common import Bound, finish, table
+from export_onnx import SHAPE, builder, gochu
 from random_checkpoint import CONFIGS, write_random_checkpoint
 
 NOISE = 0.05  # by which two runs of the same thing may differ on a shared machine
-WORKER = Path(__file__).with_name("decode_worker.py")
+QUIET = 0.05  # seconds until idle threads have stopped spinning
+NEW, SLICE = 64, 16  # tokens generated in a round, in turns of so many
+SCRIPT = Path(__file__).with_name("decode_worker.py")
 
 
 @dataclass(frozen=True)
@@ -35,29 +40,61 @@ class Case:
     runtime: str
     folder: Path
     vocabulary: int
-    prompt: int
-    new: int
+    prompt: int  # tokens
     base: str | None = None
 
 
-def measure(case: Case, threads: int, repeats: int) -> dict[str, float]:
-    """One process: tokens per second, medians over its repeats."""
-    sizes = {"threads": threads, "prompt": case.prompt, "new": case.new, "vocabulary": case.vocabulary}
-    options = [f"--{name}={value}" for name, value in {**sizes, "repeats": repeats}.items()]
-    command = [sys.executable, str(WORKER), case.runtime, str(case.folder), *options]
-    seconds = json.loads(run_or_stop(command, OFFLINE, step=0.1).stdout)
-    return {
-        "prefill": case.prompt / median(seconds["prefill_s"]),
-        "decode": case.new / median(seconds["decode_s"]),
-    }
+class Worker:
+    """A case, loaded in a process of its own."""
+
+    def __init__(self, case: Case, threads: int) -> None:
+        self.case = case
+        sizes = {
+            "threads": threads,
+            "vocabulary": case.vocabulary,
+            "prompt": case.prompt,
+            "tokens": SLICE,
+            "context": case.prompt + NEW + 1,
+        }
+        options = [f"--{name}={value}" for name, value in sizes.items()]
+        self._process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), case.runtime, str(case.folder), *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+
+    def seconds(self, verb: str) -> float:
+        """Let it do `prefill` or `decode`, when all others are quiet."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(verb, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.case.name}: the runtime ended with exit code {self._process.wait()}")
+        time.sleep(QUIET)
+        return float(answer)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
 
 
-def in_turns(cases: list[Case], threads: int, rounds: int, repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Measure all cases `rounds` times; each round goes through them in the other direction."""
+def measure(cases: list[Case], threads: int, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Tokens per second in each round, after one to warm up; neighbours in time are compared."""
+    workers = [Worker(case, threads) for case in cases]
     found: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
-    for turn in range(rounds):
-        for case in cases[:: -1 if turn % 2 else 1]:
-            found[case.name].append(measure(case, threads, repeats))
+    for turn in range(rounds + 1):
+        order = workers[:: -1 if turn % 2 else 1]
+        prefill = {worker: worker.seconds("prefill") for worker in order}
+        slices = [{worker: worker.seconds("decode") for worker in order} for _ in range(NEW // SLICE)]
+        for worker in workers if turn else []:
+            decode = sum(part[worker] for part in slices)
+            rates = {"prefill": worker.case.prompt / prefill[worker], "decode": NEW / decode}
+            found[worker.case.name].append(rates)
+    for worker in workers:
+        worker.close()
     return found
 
 
@@ -68,9 +105,9 @@ def make_cases(work: Path) -> list[Case]:
     builder(checkpoint, theirs)
     gochu(checkpoint, ours)
     gochu("pepper", pepper)
-    large = {"vocabulary": CONFIGS[SHAPE]["vocab_size"], "prompt": 256, "new": 64}
+    large = {"vocabulary": CONFIGS[SHAPE]["vocab_size"], "prompt": 256}
     words = json.loads((pepper / "genai_config.json").read_text(encoding="utf-8"))["model"]["vocab_size"]
-    small = {"vocabulary": words, "prompt": 64, "new": 64}
+    small = {"vocabulary": words, "prompt": 64}
     model, bundle = f"{SHAPE}: builder's model in genai", f"{SHAPE}: gochu's bundle in genai"
     return [
         Case(model, "genai", theirs, **large),
@@ -122,15 +159,14 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed")
     cores = min(2, os.cpu_count() or 1)
     parser.add_argument("--threads", type=int, nargs="+", default=list(range(1, cores + 1)))
-    parser.add_argument("--rounds", type=int, default=4, help="processes for each case")
-    parser.add_argument("--repeats", type=int, default=2, help="generations in each process")
+    parser.add_argument("--rounds", type=int, default=7, help="generations of each case")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "gochu-benchmarks")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     cases = make_cases(arguments.work)
     rows = []
     for threads in arguments.threads:
-        found = in_turns(cases, threads, arguments.rounds, arguments.repeats)
+        found = measure(cases, threads, arguments.rounds)
         rows += summary(cases, found, threads)
     for case in cases:
         shutil.rmtree(case.folder, ignore_errors=True)
@@ -138,7 +174,6 @@ def main() -> None:
     figures = {
         "benchmark": "decode_onnx",
         "rounds": arguments.rounds,
-        "repeats": arguments.repeats,
         "cases": rows,
     }
     finish(figures, bounds(rows), arguments.check)

@@ -1,57 +1,86 @@
-"""Time greedy generation with one runtime in this process; print the seconds as JSON. Used by decode_onnx.py.
+"""Generate greedily with one runtime, on command: what decode_onnx.py measures, a process for each.
 
-A process of its own, because idle threads of one runtime's pool spin and would slow the other's down.
+Two runtimes in one process would disturb each other: idle threads of a pool spin. A process that waits for
+its next command is quiet, so several can be loaded at once and run in turns. Each line on standard input is
+answered with the seconds that it took: `prefill` (the prompt, to the first token), `decode` (more tokens).
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from time import perf_counter
+from typing import Any, Protocol
 
 import numpy as np
 
 
-def genai(folder: Path, threads: int, prompt: list[int], new: int) -> Iterator[tuple[float, float]]:
-    """Seconds that onnxruntime-genai takes, again and again: to the first token, for `new` tokens after it."""
-    import onnxruntime_genai as og
+class Runtime(Protocol):
+    """A loaded model; both verbs return seconds."""
 
-    config = og.Config(str(folder))
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
-    model = og.Model(config)
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=len(prompt) + new + 1, do_sample=False)
-    ids = np.array(prompt, np.int32)
-    while True:
-        generator = og.Generator(model, params)
+    def prefill(self, prompt: list[int]) -> float:
+        """Begin anew: run the prompt, choose the first token."""
+
+    def decode(self, tokens: int) -> float:
+        """Go on: run the last token and choose the next one, so many times."""
+
+
+class Genai:
+    """onnxruntime-genai; the threads are laid over its config, the folder stays as it is."""
+
+    def __init__(self, folder: Path, threads: int, context: int) -> None:
+        import onnxruntime_genai as og
+
+        config = og.Config(str(folder))
+        session = {"intra_op_num_threads": threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        self._model = og.Model(config)
+        self._params = og.GeneratorParams(self._model)
+        self._params.set_search_options(max_length=context, do_sample=False)
+        self._new: Any = og.Generator
+        self._generator: Any = None
+
+    def prefill(self, prompt: list[int]) -> float:
+        ids = np.array(prompt, np.int32)
+        self._generator = self._new(self._model, self._params)
         start = perf_counter()
-        generator.append_tokens(ids)
-        generator.generate_next_token()
-        first = perf_counter()
-        for _ in range(new):
-            generator.generate_next_token()
-        yield first - start, perf_counter() - first
+        self._generator.append_tokens(ids)
+        self._generator.generate_next_token()
+        return perf_counter() - start
 
-
-def gochu(folder: Path, threads: int, prompt: list[int], new: int) -> Iterator[tuple[float, float]]:
-    """The same with Gochu's engine."""
-    from runtimes.bundle import Bundle
-    from runtimes.engines import open_engine
-    from runtimes.sampling import Sampler, Sampling
-
-    engine = open_engine(Bundle.open(folder), context=len(prompt) + new + 1, threads=threads)
-    sampler = Sampler(Sampling())
-    while True:
-        engine.reset()
+    def decode(self, tokens: int) -> float:
         start = perf_counter()
-        token = sampler.pick(engine.prefill(prompt))
-        first = perf_counter()
-        for _ in range(new):
-            token = sampler.pick(engine.decode(token))
-        yield first - start, perf_counter() - first
+        for _ in range(tokens):
+            self._generator.generate_next_token()
+        return perf_counter() - start
 
 
-RUNTIMES = {"genai": genai, "gochu": gochu}
+class Gochu:
+    """Gochu's engine and sampler."""
+
+    def __init__(self, folder: Path, threads: int, context: int) -> None:
+        from runtimes.bundle import Bundle
+        from runtimes.engines import open_engine
+        from runtimes.sampling import Sampler, Sampling
+
+        self._engine = open_engine(Bundle.open(folder), context=context, threads=threads)
+        self._sampler = Sampler(Sampling())
+        self._token = 0
+
+    def prefill(self, prompt: list[int]) -> float:
+        self._engine.reset()
+        start = perf_counter()
+        self._token = self._sampler.pick(self._engine.prefill(prompt))
+        return perf_counter() - start
+
+    def decode(self, tokens: int) -> float:
+        start = perf_counter()
+        for _ in range(tokens):
+            self._token = self._sampler.pick(self._engine.decode(self._token))
+        return perf_counter() - start
+
+
+RUNTIMES: dict[str, type[Genai] | type[Gochu]] = {"genai": Genai, "gochu": Gochu}
 
 
 def main() -> None:
@@ -61,18 +90,16 @@ def main() -> None:
     parser.add_argument("runtime", choices=RUNTIMES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--prompt", type=int, required=True, help="tokens of the prompt")
-    parser.add_argument("--new", type=int, required=True, help="tokens to generate after the first")
-    parser.add_argument(
-        "--repeats", type=int, required=True, help="measured ones; one more goes before to warm up"
-    )
     parser.add_argument("--vocabulary", type=int, required=True, help="prompt tokens are drawn from so many")
+    parser.add_argument("--prompt", type=int, required=True, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, required=True, help="tokens for each `decode`")
+    parser.add_argument("--context", type=int, required=True, help="tokens to make room for")
     a = parser.parse_args()
     prompt = np.random.default_rng(0).integers(0, a.vocabulary, a.prompt).tolist()
-    runs = RUNTIMES[a.runtime](a.folder, a.threads, prompt, a.new)
-    next(runs)
-    measured = [next(runs) for _ in range(a.repeats)]
-    print(json.dumps({"prefill_s": [p for p, _ in measured], "decode_s": [d for _, d in measured]}))
+    runtime: Runtime = RUNTIMES[a.runtime](a.folder, a.threads, a.context)
+    for line in sys.stdin:
+        seconds = runtime.prefill(prompt) if line.strip() == "prefill" else runtime.decode(a.tokens)
+        print(seconds, flush=True)
 
 
 if __name__ == "__main__":

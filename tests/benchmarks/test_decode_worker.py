@@ -1,14 +1,10 @@
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from common import run_or_stop
-from decode_onnx import Case, bounds, summary
+from decode_onnx import Case, bounds, measure, summary
 from export_onnx import gochu, size
 from random_checkpoint import CONFIGS, write_checkpoint
-
-WORKER = Path(__file__).parents[2] / "benchmarks" / "decode_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +33,20 @@ def test_each_runtime_times_the_bundle_without_changing_it(exported, runtime):
     if runtime == "genai":
         pytest.importorskip("onnxruntime_genai")
     before = {path: path.stat().st_mtime_ns for path in exported.rglob("*")}
-    options = ["--threads=1", "--prompt=20", "--new=8", "--repeats=3", "--vocabulary=512"]
-    seconds = json.loads(run_or_stop([sys.executable, str(WORKER), runtime, str(exported), *options]).stdout)
-    assert [len(seconds[phase]) for phase in ("prefill_s", "decode_s")] == [3, 3]
-    assert all(0 < value < 5 for phase in seconds.values() for value in phase)
+    found = measure([Case("tiny", runtime, exported, vocabulary=500, prompt=20)], threads=1, rounds=3)
+    assert len(found["tiny"]) == 3
+    assert all(1 < rate < 1e6 for turn in found["tiny"] for rate in turn.values())
     assert before == {path: path.stat().st_mtime_ns for path in exported.rglob("*")}
 
 
+def test_a_runtime_that_cannot_load_ends_the_benchmark(tmp_path, capfd):
+    with pytest.raises(SystemExit, match="broken: the runtime ended with exit code 1"):
+        measure([Case("broken", "gochu", tmp_path, vocabulary=500, prompt=20)], threads=1, rounds=1)
+    assert str(tmp_path) in capfd.readouterr().err
+
+
 def test_ratios_are_taken_within_a_round_so_that_a_slow_round_does_not_count():
-    sizes = {"folder": Path(), "vocabulary": 1, "prompt": 1, "new": 1}
+    sizes = {"folder": Path(), "vocabulary": 1, "prompt": 1}
     cases = [Case("theirs", "genai", **sizes), Case("ours", "gochu", **sizes, base="theirs")]
     found = {
         "theirs": [{"prefill": x, "decode": x} for x in (100.0, 10.0, 100.0)],
