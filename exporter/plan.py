@@ -19,6 +19,7 @@ from runtimes.bundle import Choice
 from runtimes.predict import Decoder, Prediction, Weight, predict
 
 FORMAT, ENGINE = "onnx", "onnxruntime"
+HEAD_MULTIPLE = 16  # onnxruntime 1.32, contrib_ops/cpu/bert/group_query_attention_helper.h
 CONTEXTS = (4096, 2048, 1024, 512, 256)  # tokens; what is planned unless asked for
 ROOMY = 1024  # tokens; a scheme that leaves room for fewer gives way to the next
 TIGHT = 0.8  # of the memory budget; more is planned only if a context of up to ROOMY tokens needs it
@@ -116,12 +117,17 @@ def make_plan(
 
     Raises:
         PlanRefused: the model does not fit the device's app memory as asked (the message says what would), or
-            the context is not one that the model can have.
+            the context is not one that the model can have, or the engine cannot run its attention.
         RecipeError: no such scheme or algorithm, or a recipe that does not fit the model.
         UsageError: a recipe together with a scheme or an algorithm.
         UnknownDevice, AmbiguousDevice: see `profiles.find`.
     """
     target = profiles.find(device) if device is not None else None
+    if arch.head_dim % HEAD_MULTIPLE:
+        raise PlanRefused(
+            f"the model's attention heads have {arch.head_dim} dimensions, and {ENGINE}'s GroupQueryAttention takes "
+            f"multiples of {HEAD_MULTIPLE} on the CPU: no other format is exported yet, so this model cannot be"
+        )
     if recipe and (scheme or algorithm != "rtn"):
         raise UsageError("a recipe says scheme and algorithm itself: give a recipe, or those two")
     if context is not None and not SHORTEST <= context <= arch.context:

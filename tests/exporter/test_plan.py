@@ -388,3 +388,9 @@ def test_a_plan_fits_and_a_refusal_offers_what_fits(
     assert plan.context <= arch.context
     assert plan.context == context or context is None
     assert (plan.prediction.memory.value > 0.8 * budget) == any("tight" in w for w in plan.warnings)
+
+
+def test_heads_that_the_engine_cannot_run_are_refused() -> None:
+    arch = architecture("Llama-3.2-1B", head_dim=40)
+    with pytest.raises(PlanRefused, match="multiples of 16"):
+        make_plan(arch)
