@@ -7,7 +7,7 @@ Everything that tells one family from another is read here, once; the decoder an
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -285,7 +285,7 @@ class _Reader:
         return np.array(value, dtype=np.float32)
 
 
-def _sensible(value: Any) -> bool:
+def _sensible(value: Any) -> TypeGuard[float]:
     """A positive number that float32 can compute with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 < value < 1e30
 
