@@ -14,8 +14,8 @@ from exporter.architecture import Architecture, read_architecture
 from exporter.checkpoint import read_json
 from exporter.errors import GateFailed
 from exporter.tokenizer import find_probes
+from runtimes import extras
 from runtimes.bundle import Bundle, Check, Gate, TensorReport, Variant
-from runtimes.errors import ChecksumError
 from runtimes.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -61,7 +61,12 @@ def rounding_bounds(noise: "np.ndarray") -> Bounds:
 
 
 def verify(bundle: Bundle, progress: Callable[[str], None] = lambda check: None) -> Gate:
-    """Run every check on every variant; returns the report, or raises GateFailed with what failed."""
+    """Run every check on every variant; returns the report.
+
+    Raises GateFailed with what failed, ChecksumError where a file is not the one that was exported.
+    """
+    for library in ("onnx", "torch"):
+        extras.check(library, "onnx")
     done: list[Check] = []
     arch = read_architecture(read_json(bundle.file("config.json"), required=True))
     for check in _checks(bundle, arch, progress):
@@ -80,16 +85,13 @@ def _checks(bundle: Bundle, arch: Architecture, progress: Callable[[str], None])
     for variant in bundle.manifest.variants:
         weights = _weights(bundle, variant)
         progress("integers")
-        yield _integers(bundle, weights)
+        yield _integers(bundle, arch, weights)
         progress("tokens")
         yield from _tokens(bundle, variant, arch, weights, tokenizer)
 
 
 def _checksums(bundle: Bundle) -> Check:
-    try:
-        bundle.verify_checksums()
-    except ChecksumError as error:
-        return Check(name="checksums", passed=False, detail=str(error))
+    bundle.verify_checksums()
     return Check(name="checksums", passed=True, detail=f"{len(bundle.manifest.files)} files are as written")
 
 
@@ -114,7 +116,7 @@ def _weights(bundle: Bundle, variant: Variant) -> "Weights":
     raise GateFailed(f"the gate cannot read weights of format {variant.format!r}: update Gochu")
 
 
-def _integers(bundle: Bundle, weights: "Weights") -> Check:
+def _integers(bundle: Bundle, arch: Architecture, weights: "Weights") -> Check:
     from exporter.quantization.tensor import vector_digest
 
     def digest(report: TensorReport) -> str:
@@ -123,7 +125,8 @@ def _integers(bundle: Bundle, weights: "Weights") -> Check:
         return weights.matrix(report.name).digest()
 
     reports = bundle.manifest.tensors
-    wrong = [report.name for report in reports if digest(report) != report.digest]
+    lost = {name for name, _ in (*arch.matrices(), *arch.vectors())} - {report.name for report in reports}
+    wrong = sorted(lost) + [report.name for report in reports if digest(report) != report.digest]
     detail = f"{len(reports)} weights hold the quantizer's own integers and scales"
     if wrong:
         detail = f"{wrong[0]} does not hold what the quantizer found ({len(wrong)} of {len(reports)} differ)"

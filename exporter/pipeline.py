@@ -14,6 +14,7 @@ from exporter.plan import Plan, make_plan
 from exporter.quantization.recipe import Recipe
 from exporter.staging import Staging, discard, staging, write_whole
 from exporter.tokenizer import TextSide, read_text_side
+from runtimes import extras
 from runtimes.bundle import MANIFEST, Bundle, Gate, Manifest, ModelInfo, TensorReport, Variant
 from runtimes.errors import GochuError
 
@@ -40,13 +41,15 @@ def export(
     says of itself that it is unverified. Every error is a GochuError; after one there is no bundle at
     `output`, or the one that was there before.
     """
+    for library in ("onnx", "onnxruntime", "torch") if verify else ("onnx",):
+        extras.check(library, "onnx")
     with open_checkpoint(checkpoint, revision) as source:
         arch = source.architecture
         plan = make_plan(
             arch, device=device, scheme=scheme, algorithm=algorithm, recipe=recipe, context=context
         )
         text = read_text_side(source)
-        fingerprint = [source.fingerprint(), plan.fingerprint(), _version(), text.folder.name]
+        fingerprint = [source.fingerprint(), plan.fingerprint(), text.fingerprint(), _version()]
         with staging(Path(output), fingerprint, force) as stage:
             stage.step("text", lambda folder: _write_text_side(source, text, folder))
             made = stage.step("onnx", lambda folder: _write_onnx(source, plan, text, folder, progress))

@@ -8,7 +8,7 @@ from typing import Any
 
 from exporter.checkpoint import Checkpoint, read_json
 from exporter.errors import CheckpointError
-from runtimes.bundle import Probe, Tokens
+from runtimes.bundle import Probe, Tokens, file_sha256
 from runtimes.chat import ChatTemplate
 from runtimes.errors import BundleError
 from runtimes.tokenizer import Tokenizer
@@ -41,9 +41,16 @@ class TextSide:
 
     def copy(self, to: Path) -> None:
         """Copy the tokenizer's files into a bundle's folder."""
-        for name in _FILES:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, to / name)
+        for name in self._names():
+            shutil.copyfile(self.folder / name, to / name)
+
+    def fingerprint(self) -> list[Any]:
+        """Changes when any of it does, as JSON."""
+        files = [[name, file_sha256(self.folder / name)] for name in self._names()]
+        return [files, self.tokens.model_dump(), self.chat_template]
+
+    def _names(self) -> list[str]:
+        return [name for name in _FILES if (self.folder / name).is_file()]
 
 
 def read_text_side(checkpoint: Checkpoint) -> TextSide:

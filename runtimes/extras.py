@@ -1,6 +1,7 @@
 """Import a heavy library, or say in one line which extra brings it."""
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 from runtimes.errors import MissingExtra
@@ -17,6 +18,14 @@ def require(module: str, extra: str) -> ModuleType:
         root = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != root:
             raise
-        raise MissingExtra(
-            f"{root} is not installed; install it with `pip install 'gochu[{extra}]'`"
-        ) from None
+        raise _missing(root, extra) from None
+
+
+def check(module: str, extra: str) -> None:
+    """MissingExtra if `module` is not installed; it is not imported yet."""
+    if importlib.util.find_spec(module) is None:
+        raise _missing(module, extra)
+
+
+def _missing(module: str, extra: str) -> MissingExtra:
+    return MissingExtra(f"{module} is not installed; install it with `pip install 'gochu[{extra}]'`")
