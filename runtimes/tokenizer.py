@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tokenizers
 
-from runtimes.errors import BundleError
+from runtimes.errors import BundleError, PromptError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -49,7 +49,13 @@ class Tokenizer:
         add_special: put what the tokenizer's post-processor adds (as `<bos>`) around it: for raw text, not
             for what a chat template has written, which has it already.
         parse_special: a special token written in the text becomes that token; if not, it stays plain text.
+
+        PromptError if it holds half a character (a lone surrogate, as bytes that are no UTF-8 become one).
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise PromptError("the text is not valid Unicode: write it in UTF-8") from None
         self._tokenizer.encode_special_tokens = not parse_special
         return self._tokenizer.encode(text, add_special_tokens=add_special).ids
 
