@@ -1,0 +1,152 @@
+"""The commands in the order in which one uses them, and the interface that scripts rely on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def pepper(bundles) -> Path:
+    return bundles("pepper", "int8").path
+
+
+@pytest.fixture
+def said(gochu):
+    """`said("plan", ...)`: the JSON that a command prints on standard output, which holds nothing else."""
+
+    def run(*arguments: object) -> Any:
+        code, out, err = gochu(*arguments, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return run
+
+
+def test_export(said, tmp_path):
+    out = tmp_path / "out"
+    found = said("export", "pepper", "--device", "Galaxy S24 Ultra", "--scheme", "int4", "-o", out)
+    assert found["bundle"] == str(out)
+    assert found["device"] == "Galaxy S24 Ultra"
+    assert found["gate"]["status"] == "passed"
+    assert {choice["topic"] for choice in found["plan"]} >= {"format", "scheme", "context"}
+    assert all(choice["reason"] for choice in found["plan"])
+    files = [path for path in out.iterdir() if path.name != "manifest.json"]
+    assert found["bytes"] == sum(path.stat().st_size for path in files)
+    assert sorted(tmp_path.iterdir()) == [out]
+
+
+def test_export_for_people(gochu, tmp_path):
+    """Tables go to standard error: standard output stays free."""
+    code, out, err = gochu(
+        "export", "pepper", "--device", "SM-S928N", "--context", 128, "-o", tmp_path / "out"
+    )
+    assert (code, out) == (0, "")
+    for word in ("Plan", "Gate", "scheme", "passed", f"gochu run {tmp_path / 'out'}"):
+        assert word in " ".join(err.split())
+
+
+def test_run(said, pepper):
+    found = said("run", pepper, "--prompt", "23 더하기 45는?", "--max-tokens", 24, "--temperature", 0)
+    assert found.keys() == {"text", "tokens", "prompt_tokens", "finish_reason", "timings"}
+    assert "68" in found["text"]
+    assert found["finish_reason"] == "stop"
+    assert all(isinstance(token, int) for token in found["tokens"])
+    assert found["prompt_tokens"] > 5
+    assert found["timings"]["ttft_s"] > 0
+
+
+def test_run_for_people(gochu, pepper):
+    code, out, err = gochu("run", pepper, "--prompt", "화요일 다음 날은?")
+    assert code == 0, err
+    assert "수요일" in out
+    assert out.count("\n") == 1
+    assert "tokens/s" in err
+
+
+def test_sampling_repeats_with_its_seed(said, pepper):
+    arguments = ("run", pepper, "--prompt", "안녕", "--raw", "--temperature", 1.5, "--max-tokens", 20)
+    first, again, other = (said(*arguments, "--seed", seed)["tokens"] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_inspect(said, gochu, pepper):
+    assert said("inspect", pepper) == json.loads((pepper / "manifest.json").read_text(encoding="utf-8"))
+    code, out, err = gochu("inspect", pepper, "--tensors")
+    assert (code, out) == (0, "")
+    assert "layers.0.attention.q" in err
+
+
+def test_bench(said, pepper):
+    found = said("bench", pepper, "--threads", 1)
+    assert found
+    assert isinstance(found, list)
+
+
+def test_score(said, pepper):
+    found = said("score", pepper, "--questions", 40)
+    assert found["asked"] == 40
+    assert found["rate"] > 0.9
+
+
+def test_plan(said, tmp_path):
+    found = said("plan", "pepper", "--device", "galaxy-s24-exynos", "--scheme", "int4")
+    assert found["scheme"] == "int4"
+    assert found["device"] == "galaxy-s24-exynos"
+    assert all(choice["reason"] for choice in found["choices"])
+
+
+def test_devices(said, gochu):
+    assert any(device["name"] == "Galaxy S24 Ultra" for device in said("devices"))
+    assert {"galaxy" in device["name"].lower() for device in said("devices", "galaxy")} == {True}
+    code, out, err = gochu("devices", "nokia 3310")
+    assert (code, out) == (3, "")
+    assert err.count("\n") == 1
+
+
+def test_a_conversation(pepper):
+    done = subprocess.run(
+        [sys.executable, "-m", "exporter.cli", "run", pepper],
+        input="23 더하기 45는?\n\n화요일 다음 날은?\n",
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert "68" in done.stdout.splitlines()[0]
+    assert "수요일" in done.stdout.splitlines()[1]
+
+
+def test_korean_in_a_plain_locale(pepper):
+    environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "exporter.cli", "run", pepper, "--prompt", "화요일 다음 날은?", "--json"],
+        capture_output=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "수요일" in json.loads(done.stdout.decode("utf-8"))["text"]
+
+
+def test_a_prompt_that_is_not_unicode(gochu, pepper):
+    code, out, err = gochu("run", pepper, "--prompt", b"\xb0\xed".decode("utf-8", "surrogateescape"))
+    assert (code, out) == (3, "")
+    assert "UTF-8" in err
+
+
+def test_a_reader_that_goes_away(pepper):
+    """`gochu inspect --json | head -1`: no traceback."""
+    done = subprocess.run(
+        f'"{sys.executable}" -m exporter.cli inspect "{pepper}" --tensors --json | head -1',
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "{\n"
+    assert "Traceback" not in done.stderr
