@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from exporter.quantization.weights import Weights
 
-NEW_TOKENS = 64
+NEW_TOKENS = 64  # generated for each prompt
+EXACT_TOKENS = 16  # of those, run again with float activations
 _PROMPTS = (
     "안녕하세요! 한국의 수도는 어디인가요?",
     "Once upon a time, in a small village by the sea,",
@@ -55,7 +56,7 @@ def rounding_bounds(noise: "np.ndarray") -> Bounds:
     """
     return Bounds(
         largest=max(FLOAT_BOUNDS.largest, 2 * float(noise.max())),
-        mean=max(FLOAT_BOUNDS.mean, 1.5 * float(noise.mean())),
+        mean=max(FLOAT_BOUNDS.mean, 2 * float(noise.mean())),
         tie=max(FLOAT_BOUNDS.tie, 2 * float(noise.max())),
     )
 
@@ -154,9 +155,12 @@ def _tokens(
     if noise.any():
         bounds = rounding_bounds(noise)
         forced = _teacher_forced(bundle, variant, prompts, sequences)
-        yield _logits_check(
-            "graph", np.abs(forced - exact).max(-1) / spread, FLOAT_BOUNDS, "with float activations"
+        starts = np.cumsum([0, *map(len, logits)])
+        at = np.concatenate(
+            [start + np.arange(len(rows)) for start, rows in zip(starts, forced, strict=False)]
         )
+        error = np.abs(np.concatenate(forced) - exact[at]).max(-1) / spread[at]
+        yield _logits_check("graph", error, FLOAT_BOUNDS, "with float activations")
     ours = np.concatenate(logits)
     gaps = (rounded.max(-1) - rounded[np.arange(len(ours)), ours.argmax(-1)]) / spread
     same, near = int((gaps == 0).sum()), int(((gaps > 0) & (gaps <= bounds.tie)).sum())
@@ -229,20 +233,20 @@ def _generate(
 
 def _teacher_forced(
     bundle: Bundle, variant: Variant, prompts: Sequence[list[int]], sequences: Sequence[list[int]]
-) -> "np.ndarray":
-    """Logits [steps, vocab] of the engine without rounding, fed the tokens already generated."""
+) -> "list[np.ndarray]":
+    """Logits [steps, vocab] of the engine without rounding, fed the first tokens that each prompt gave."""
     import numpy as np
 
     from runtimes.engines import open_engine
 
     engine = open_engine(bundle, variant.name, context=max(map(len, sequences)), exact=True)
-    rows = []
+    logits = []
     for prompt, sequence in zip(prompts, sequences, strict=True):
         engine.reset()
-        rows.append(engine.prefill(prompt))
-        rows += [engine.decode(token) for token in sequence[len(prompt) : -1]]
+        fed = sequence[len(prompt) : -1][: EXACT_TOKENS - 1]
+        logits.append(np.stack([engine.prefill(prompt), *(engine.decode(token) for token in fed)]))
     engine.close()
-    return np.stack(rows)
+    return logits
 
 
 def _reference(
