@@ -28,7 +28,7 @@ from random_checkpoint import CONFIGS, write_random_checkpoint
 
 NOISE = 0.05  # by which two runs of the same thing may differ on a shared machine
 QUIET = 0.05  # seconds until idle threads have stopped spinning
-NEW, SLICE = 64, 16  # tokens generated in a round, in turns of so many
+SLICES = 4  # turns in which a round's tokens are generated
 SCRIPT = Path(__file__).with_name("decode_worker.py")
 
 
@@ -41,6 +41,7 @@ class Case:
     folder: Path
     vocabulary: int
     prompt: int  # tokens
+    new: int  # tokens to generate after the first
     base: str | None = None
 
 
@@ -53,8 +54,8 @@ class Worker:
             "threads": threads,
             "vocabulary": case.vocabulary,
             "prompt": case.prompt,
-            "tokens": SLICE,
-            "context": case.prompt + NEW + 1,
+            "tokens": case.new // SLICES,
+            "context": case.prompt + case.new + 1,
         }
         options = [f"--{name}={value}" for name, value in sizes.items()]
         self._process = subprocess.Popen(
@@ -88,10 +89,10 @@ def measure(cases: list[Case], threads: int, rounds: int) -> dict[str, list[dict
     for turn in range(rounds + 1):
         order = workers[:: -1 if turn % 2 else 1]
         prefill = {worker: worker.seconds("prefill") for worker in order}
-        slices = [{worker: worker.seconds("decode") for worker in order} for _ in range(NEW // SLICE)]
+        slices = [{worker: worker.seconds("decode") for worker in order} for _ in range(SLICES)]
         for worker in workers if turn else []:
             decode = sum(part[worker] for part in slices)
-            rates = {"prefill": worker.case.prompt / prefill[worker], "decode": NEW / decode}
+            rates = {"prefill": worker.case.prompt / prefill[worker], "decode": worker.case.new / decode}
             found[worker.case.name].append(rates)
     for worker in workers:
         worker.close()
@@ -105,9 +106,9 @@ def make_cases(work: Path) -> list[Case]:
     builder(checkpoint, theirs)
     gochu(checkpoint, ours)
     gochu("pepper", pepper)
-    large = {"vocabulary": CONFIGS[SHAPE]["vocab_size"], "prompt": 256}
+    large = {"vocabulary": CONFIGS[SHAPE]["vocab_size"], "prompt": 256, "new": 64}
     words = json.loads((pepper / "genai_config.json").read_text(encoding="utf-8"))["model"]["vocab_size"]
-    small = {"vocabulary": words, "prompt": 64}
+    small = {"vocabulary": words, "prompt": 128, "new": 320}
     model, bundle = f"{SHAPE}: builder's model in genai", f"{SHAPE}: gochu's bundle in genai"
     return [
         Case(model, "genai", theirs, **large),

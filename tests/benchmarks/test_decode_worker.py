@@ -34,7 +34,7 @@ def test_each_runtime_times_the_bundle_without_changing_it(exported, runtime):
     if runtime == "genai":
         pytest.importorskip("onnxruntime_genai")
     before = {path: path.stat().st_mtime_ns for path in exported.rglob("*")}
-    found = measure([Case("tiny", runtime, exported, vocabulary=500, prompt=20)], threads=1, rounds=3)
+    found = measure([Case("tiny", runtime, exported, vocabulary=500, prompt=20, new=8)], threads=1, rounds=3)
     assert len(found["tiny"]) == 3
     assert all(1 < rate < 1e6 for turn in found["tiny"] for rate in turn.values())
     assert before == {path: path.stat().st_mtime_ns for path in exported.rglob("*")}
@@ -42,12 +42,12 @@ def test_each_runtime_times_the_bundle_without_changing_it(exported, runtime):
 
 def test_a_runtime_that_cannot_load_ends_the_benchmark(tmp_path, capfd):
     with pytest.raises(SystemExit, match="broken: the runtime ended with exit code 1"):
-        measure([Case("broken", "gochu", tmp_path, vocabulary=500, prompt=20)], threads=1, rounds=1)
+        measure([Case("broken", "gochu", tmp_path, vocabulary=500, prompt=20, new=8)], threads=1, rounds=1)
     assert str(tmp_path) in capfd.readouterr().err
 
 
 def test_ratios_are_taken_within_a_round_so_that_a_slow_round_does_not_count():
-    sizes = {"folder": Path(), "vocabulary": 1, "prompt": 1}
+    sizes = {"folder": Path(), "vocabulary": 1, "prompt": 1, "new": 1}
     cases = [Case("theirs", "genai", **sizes), Case("ours", "gochu", **sizes, base="theirs")]
     found = {
         "theirs": [{"prefill": x, "decode": x} for x in (100.0, 10.0, 100.0)],
