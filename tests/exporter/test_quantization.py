@@ -146,7 +146,8 @@ def test_blocks_and_threads_change_nothing(monkeypatch, scheme):
     found = []
     for block, threads in ((1 << 17, 2), (128, 4), (1000, 1), (1, 3)):
         monkeypatch.setattr(rtn, "_BLOCK", block)
-        monkeypatch.setattr(rtn, "_threads", ThreadPoolExecutor(threads))
+        pool = ThreadPoolExecutor(threads)
+        monkeypatch.setattr(rtn, "threads", lambda pool=pool: pool)
         tensor, error, worst = rtn.quantize_mse(matrix(w), parse_scheme(scheme))
         found.append((tensor.digest(), pytest.approx(error, rel=1e-5), worst))
     assert all(other == found[0] for other in found)
