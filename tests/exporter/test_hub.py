@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -22,8 +23,8 @@ REPOSITORY = "gochu/pepper"
 class Hub(http.server.BaseHTTPRequestHandler):
     """Serves one repository; `served` collects what was fetched."""
 
-    served: list[str] = []
-    files = {path.name: path for path in sorted(checkpoint_path().iterdir())} | {
+    served: ClassVar[list[str]] = []
+    files: ClassVar[dict[str, Path]] = {path.name: path for path in sorted(checkpoint_path().iterdir())} | {
         "pytorch_model.bin": Path(__file__)
     }
 
