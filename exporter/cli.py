@@ -326,8 +326,10 @@ def bench(
     measurements = measure(bundle, workload, threads, variant=variant, context=context)
     if as_json:
         print(report.to_json(measurements), end="")
-    else:
-        report.show(measurements)
+        return
+    from exporter import console
+
+    report.show(measurements, console.console)
 
 
 @app.command(
