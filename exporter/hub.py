@@ -15,7 +15,7 @@ def download(repository: str, revision: str | None, patterns: Sequence[str]) -> 
     """
     hub = require("huggingface_hub", "hub")
     errors = require("huggingface_hub.errors", "hub")
-    httpx = require("httpx", "hub")
+    httpx = require("httpx2", "hub")  # the client library of huggingface_hub 2
     try:
         pinned = hub.HfApi().model_info(repository, revision=revision).sha
         return Path(hub.snapshot_download(repository, revision=pinned, allow_patterns=list(patterns))), pinned
