@@ -17,8 +17,9 @@ def download(repository: str, revision: str | None, patterns: Sequence[str]) -> 
     errors = require("huggingface_hub.errors", "hub")
     httpx = require("httpx2", "hub")  # the client library of huggingface_hub 2
     try:
-        pinned = hub.HfApi().model_info(repository, revision=revision).sha
-        return Path(hub.snapshot_download(repository, revision=pinned, allow_patterns=list(patterns))), pinned
+        hub.HfApi().model_info(repository, revision=revision)  # says best what is wrong with a name
+        path = Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+        return path, path.name  # the cache names the folder after the commit
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{repository} asks for its licence to be accepted: do that on its page, then set HF_TOKEN"

@@ -144,9 +144,9 @@ def test_the_search_beats_absmax_and_is_near_the_best_there_is(kind, group):
 def test_blocks_and_threads_change_nothing(monkeypatch, scheme):
     w = weights(37, 128)
     found = []
-    for block, threads in ((1 << 17, 2), (128, 4), (1000, 1), (1, 3)):
+    for block, count in ((1 << 17, 2), (128, 4), (1000, 1), (1, 3)):
         monkeypatch.setattr(rtn, "_BLOCK", block)
-        pool = ThreadPoolExecutor(threads)
+        pool = ThreadPoolExecutor(count)
         monkeypatch.setattr(rtn, "threads", lambda pool=pool: pool)
         tensor, error, worst = rtn.quantize_mse(matrix(w), parse_scheme(scheme))
         found.append((tensor.digest(), pytest.approx(error, rel=1e-5), worst))
