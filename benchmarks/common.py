@@ -2,16 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 _STEP = 0.005  # seconds between two looks at the memory
+_FIELDS = re.compile(rb"(VmHWM|VmRSS|RssAnon|RssShmem):\s+(\d+) kB")  # of /proc/<pid>/status
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,7 @@ def run_measured(command: Sequence[str], env: Mapping[str, str] | None = None) -
             now = [_memory(pid) for pid in _tree(process.pid)]
             anon = max(anon, sum(a for a, _, _ in now))
             rss = max(rss, sum(r for _, r, _ in now), *(high for _, _, high in now))
-            try:
-                process.wait(_STEP)
-            except subprocess.TimeoutExpired:
-                continue
+            time.sleep(_STEP)
         wall = time.perf_counter() - start
         out.seek(0)
         err.seek(0)
@@ -67,29 +65,25 @@ def _tree(pid: int) -> list[int]:
     """`pid` and all its descendants (those that have not ended)."""
     found = [pid]
     for parent in found:  # grows while we go through it
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            try:
-                found += [int(child) for child in children.read_text().split()]
-            except OSError:  # ended meanwhile
-                continue
+        try:
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{thread}/children", "rb") as file:
+                    found += map(int, file.read().split())
+        except OSError:  # ended meanwhile
+            continue
     return found
 
 
 def _memory(pid: int) -> tuple[int, int, int]:
     """Bytes now without a file behind them, all resident bytes now, the most resident so far."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        with open(f"/proc/{pid}/status", "rb") as file:
+            kilobytes = {key: int(value) for key, value in _FIELDS.findall(file.read())}
     except OSError:  # ended meanwhile
         return 0, 0, 0
-    kilobytes = {
-        key: int(rest.split()[0]) for key, _, rest in (x.partition(":") for x in lines) if "kB" in rest
-    }
     get = kilobytes.get  # a process that is ending has no memory lines any more
-    return (
-        1024 * (get("RssAnon", 0) + get("RssShmem", 0)),
-        1024 * get("VmRSS", 0),
-        1024 * get("VmHWM", 0),
-    )
+    anon = get(b"RssAnon", 0) + get(b"RssShmem", 0)
+    return 1024 * anon, 1024 * get(b"VmRSS", 0), 1024 * get(b"VmHWM", 0)
 
 
 @dataclass(frozen=True)
