@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
@@ -249,7 +249,6 @@ def test_a_digest_is_of_the_weight():
     assert len({tensor.digest(), *(other.digest() for other in others)}) == 4
 
 
-@settings(deadline=None)
 @given(
     nps.arrays(np.float32, (2, 32), elements=st.floats(-100000, 100000, width=32, allow_subnormal=True)),
     st.sampled_from(["int4", "int4-g16", "int8", "int8-channel"]),

@@ -21,7 +21,6 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=3)
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__" and name.isprintable()),
@@ -169,7 +168,7 @@ def good() -> bytes:
         return path.read_bytes()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_damage_gives_only_checkpoint_errors(good, data):
     """Truncations, flipped bits and spliced bytes: read whole, or refused."""
