@@ -4,7 +4,8 @@ The same random checkpoint, exported at 4 bits by onnxruntime-genai's builder an
 onnxruntime-genai on the same threads; then the same bundle runs in Gochu's engine, and so does pepper's, a
 model so small that what is measured is the cost of a step rather than of its products. All are loaded at
 once, each in a process of its own, and run in turns, a few tokens at a time: whatever else the machine does
-slows them all alike. A ratio is the median over the rounds of the ratio within a round.
+slows them all alike. A ratio is the median over the turns of the ratio within a turn. All is loaded several
+times: where the weights come to lie in memory makes some per cent.
 
     python benchmarks/decode_onnx.py --check
 """
@@ -30,6 +31,9 @@ NOISE = 0.05  # by which two runs of the same thing may differ on a shared machi
 QUIET = 0.05  # seconds until idle threads have stopped spinning
 SLICES = 4  # turns in which a round's tokens are generated
 SCRIPT = Path(__file__).with_name("decode_worker.py")
+
+
+Rates = dict[str, dict[str, list[float]]]  # case -> phase -> tokens/s in each turn
 
 
 @dataclass(frozen=True)
@@ -82,20 +86,23 @@ class Worker:
         self._process.communicate()
 
 
-def measure(cases: list[Case], threads: int, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Tokens per second in each round, after one to warm up; neighbours in time are compared."""
-    workers = [Worker(case, threads) for case in cases]
-    found: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
-    for turn in range(rounds + 1):
-        order = workers[:: -1 if turn % 2 else 1]
-        prefill = {worker: worker.seconds("prefill") for worker in order}
-        slices = [{worker: worker.seconds("decode") for worker in order} for _ in range(SLICES)]
-        for worker in workers if turn else []:
-            decode = sum(part[worker] for part in slices)
-            rates = {"prefill": worker.case.prompt / prefill[worker], "decode": worker.case.new / decode}
-            found[worker.case.name].append(rates)
-    for worker in workers:
-        worker.close()
+def measure(cases: list[Case], threads: int, launches: int, rounds: int) -> Rates:
+    """Load all cases so many times, and each time generate with all of them so many times."""
+    found: Rates = {case.name: {"prefill": [], "decode": []} for case in cases}
+    for _ in range(launches):
+        workers = [Worker(case, threads) for case in cases]
+        for worker in workers:  # warm up
+            worker.seconds("prefill")
+            worker.seconds("decode")
+        for turn in range(rounds):
+            order = workers[:: -1 if turn % 2 else 1]
+            for verb in ("prefill", *["decode"] * SLICES):
+                for worker in order:
+                    case = worker.case
+                    tokens = case.prompt if verb == "prefill" else case.new // SLICES
+                    found[case.name][verb].append(tokens / worker.seconds(verb))
+        for worker in workers:
+            worker.close()
     return found
 
 
@@ -125,20 +132,17 @@ def make_cases(work: Path) -> list[Case]:
     ]
 
 
-def summary(
-    cases: list[Case], found: dict[str, list[dict[str, float]]], threads: int
-) -> list[dict[str, Any]]:
-    """A row for each case: tokens/s, and the ratio to the case that it is compared with."""
+def summary(cases: list[Case], found: Rates, threads: int) -> list[dict[str, Any]]:
+    """A row for each case: median tokens/s, and the ratio to the case that it is compared with."""
     rows = []
     for case in cases:
         row: dict[str, Any] = {"case": case.name, "threads": threads}
-        for phase in ("prefill", "decode"):
-            rates = [turn[phase] for turn in found[case.name]]
+        for phase, rates in found[case.name].items():
             row[f"{phase} tok/s"] = median(rates)
             row[f"{phase} ratio"] = None
             if case.base:
-                base = [turn[phase] for turn in found[case.base]]
-                row[f"{phase} ratio"] = median(a / b for a, b in zip(rates, base, strict=True))
+                pairs = zip(rates, found[case.base][phase], strict=True)
+                row[f"{phase} ratio"] = median(ours / theirs for ours, theirs in pairs)
         rows.append(row)
     return rows
 
@@ -160,20 +164,22 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed")
     cores = min(2, os.cpu_count() or 1)
     parser.add_argument("--threads", type=int, nargs="+", default=list(range(1, cores + 1)))
-    parser.add_argument("--rounds", type=int, default=7, help="generations of each case")
+    parser.add_argument("--launches", type=int, default=3, help="times that all cases are loaded")
+    parser.add_argument("--rounds", type=int, default=3, help="generations of each case in a launch")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "gochu-benchmarks")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     cases = make_cases(arguments.work)
     rows = []
     for threads in arguments.threads:
-        found = measure(cases, threads, arguments.rounds)
+        found = measure(cases, threads, arguments.launches, arguments.rounds)
         rows += summary(cases, found, threads)
     for case in cases:
         shutil.rmtree(case.folder, ignore_errors=True)
     table("Generation with 4-bit ONNX", rows)
     figures = {
         "benchmark": "decode_onnx",
+        "launches": arguments.launches,
         "rounds": arguments.rounds,
         "cases": rows,
     }
