@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from runtimes.errors import BundleError, ChecksumError, UnsafePath
 
 SCHEMA_VERSION: Literal[1] = 1
-MANIFEST = "manifest.json"
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 
 
 def _inside(path: str) -> str:
@@ -224,8 +224,9 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Bundle":
-        """Read and check the manifest, and that each file is there with its size (not yet its bytes).
+        """Read and check the manifest, and that each file is there with its size.
 
+        Not yet its bytes: `verify_checksums` looks at all, `runtimes.checksums` at those that are loaded.
         Raises BundleError (not a bundle, malformed, a file missing or of another size) or UnsafePath.
         """
         folder = Path(path)
@@ -259,10 +260,17 @@ class Bundle:
     def verify_checksums(self) -> None:
         """Read every file and compare its SHA-256; ChecksumError names the first that differs."""
         for entry in self.manifest.files:
-            if file_sha256(self.file(entry.path)) != entry.sha256:
-                raise ChecksumError(
-                    f"{self.file(entry.path)} is not what was exported (its SHA-256 differs); export it again"
-                )
+            self.check(entry)
+
+    def check(self, entry: FileEntry) -> None:
+        """Read one file and compare its SHA-256; ChecksumError if it differs, BundleError if it cannot be read."""
+        place = self.file(entry.path)
+        try:
+            found = file_sha256(place)
+        except OSError as error:
+            raise BundleError(f"{place} cannot be read: {error}; export the bundle again") from None
+        if found != entry.sha256:
+            raise ChecksumError(f"{place} is not what was exported (its SHA-256 differs); export it again")
 
     def size(self) -> int:
         """Bytes of all files together, the manifest not counted."""

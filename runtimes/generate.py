@@ -14,9 +14,10 @@ from itertools import takewhile
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
-from runtimes.bundle import Bundle
+from runtimes import checksums
+from runtimes.bundle import TOKENIZER, Bundle
 from runtimes.chat import ChatTemplate, Message
-from runtimes.engines import Engine, open_engine
+from runtimes.engines import Engine, choose_variant, open_engine
 from runtimes.errors import PromptError, TemplateError, UsageError
 from runtimes.sampling import Sampler, Sampling
 from runtimes.tokenizer import TextStream, Tokenizer
@@ -24,7 +25,6 @@ from runtimes.tokenizer import TextStream, Tokenizer
 if TYPE_CHECKING:
     import numpy as np
 
-TOKENIZER = "tokenizer.json"
 GREEDY = Sampling()
 
 FinishReason = Literal["stop", "length", "context"]
@@ -149,12 +149,15 @@ def load(
 ) -> Model:
     """Open a bundle and load the variant named, or the first that this machine can run.
 
-    `context`: tokens to hold, prompt and answer together (default: all that the variant can).
+    `context`: tokens to hold, prompt and answer together (default: all that the variant can). Raises
+    ChecksumError if a file is not the one that was exported, else as `Bundle.open` and `open_engine`.
     """
     start = perf_counter()
     bundle = Bundle.open(path)
-    tokenizer = Tokenizer(bundle.file(TOKENIZER))
-    engine = open_engine(bundle, variant, context=context, threads=threads)
+    chosen, _ = choose_variant(bundle, variant)
+    with checksums.checked(bundle, chosen):
+        tokenizer = Tokenizer(bundle.file(TOKENIZER))
+        engine = open_engine(bundle, variant, context=context, threads=threads)
     return Model(bundle, engine, tokenizer, load_s=perf_counter() - start)
 
 

@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with the argument `family` runs for every tiny checkpoint."""
     if "family" in metafunc.fixturenames:
         metafunc.parametrize("family", list(TINY))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is remembered between runs goes here, not into the home of whoever runs the tests."""
+    folder = tmp_path_factory.mktemp("user-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 class TinyCheckpoints:

@@ -14,7 +14,7 @@ from time import perf_counter
 
 from pydantic import ValidationError
 
-from runtimes import cpu, memory
+from runtimes import checksums, cpu, memory
 from runtimes.bundle import Bundle, Strict, Variant
 from runtimes.engines import ENGINES, Engine, choose_variant, open_engine, settle
 from runtimes.errors import EngineError, GochuError
@@ -60,12 +60,14 @@ def measure(
 
     Figures: load_time, ttft (s), prefill_speed, decode_speed (tokens/s), peak_memory and peak_private_memory
     of the process, idle_memory of the process before it loaded the model (bytes). `context`: length of the KV
-    cache, and the limit that cases are clipped to (default: all that the variant can).
+    cache, and the limit that cases are clipped to (default: all that the variant can). Raises ChecksumError if
+    a file is not the one that was exported: that is found out here, so that no figure has the cost in it.
     """
     bundle = Bundle.open(bundle_path)
     chosen, _ = choose_variant(bundle, variant)
     workload = preset(workload) if isinstance(workload, str) else workload
     context, threads = settle(chosen, context, threads)
+    checksums.check(bundle, chosen)
     found = []
     for case, note in workload.clipped(context):
         job = Job(
