@@ -59,7 +59,8 @@ def _quantize(matrix: Matrix, scheme: Scheme, choose: Callable[..., NDArray[np.f
     figures = np.array(list(threads().map(block, range(0, outputs, step))))
     squared, power, worst = figures[:, 0].sum(), figures[:, 1].sum(), figures[:, 2].max()
     tensor = QuantizedTensor(matrix.name, scheme, matrix.shape, data, scales)
-    return tensor, float(squared / power) if power else 0.0, float(worst)
+    # Squares of values below 1e-23 are zero in float32: then none of them is left, or all are kept
+    return tensor, float(squared / power) if power else float(worst > 0), float(worst)
 
 
 def _convert(name: str, stored: NDArray[Any], out: NDArray[Any]) -> tuple[float, float, float]:

@@ -8,12 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.checkpoint import Checkpoint
+from exporter.errors import RecipeError
 from exporter.quantization.algorithms import find_algorithm
 from exporter.quantization.recipe import Decision
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor, vector_digest
 from exporter.quantization.threads import threads
 from runtimes.bundle import TensorReport
+
+# Relative squared error above which a weight is not quantized but lost. Rounding alone stays below: 128 weights
+# under one 4-bit scale can lose 0.4 at the very worst, and 0.01 is usual. 1 is a matrix of zeros.
+LARGEST_ERROR = 0.5
 
 
 class Weights(Protocol):
@@ -51,10 +56,16 @@ class QuantizedWeights:
         return self._decisions[name].scheme
 
     def matrix(self, name: str) -> QuantizedTensor:
-        """Read, quantize and report one weight matrix."""
+        """Read, quantize and report one weight matrix; RecipeError if its scheme loses most of it."""
         decision = self._decisions[name]
         source = self._checkpoint.matrix(name)
         tensor, error, worst = find_algorithm(decision.algorithm)(source, decision.scheme)
+        if not error <= LARGEST_ERROR:  # so that a NaN is refused
+            raise RecipeError(
+                f"{name} would not survive {decision.scheme.name} (relative squared error {error:.2g}, at most "
+                f"{LARGEST_ERROR} is allowed): most of its weights are too small for that and become zero; keep it "
+                f'exact with a recipe whose first rule is match = "{name}", scheme = "fp32"'
+            )
 
         def report() -> TensorReport:
             return TensorReport(

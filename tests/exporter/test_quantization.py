@@ -13,8 +13,10 @@ from hypothesis.extra import numpy as nps
 from exporter.checkpoint import Matrix
 from exporter.errors import CheckpointError, RecipeError
 from exporter.quantization import rtn
+from exporter.quantization.recipe import Decision
 from exporter.quantization.scheme import Scheme, fit_scheme, parse_scheme
 from exporter.quantization.tensor import LARGEST_SCALE, SMALLEST_SCALE, QuantizedTensor, pack4, round_scales
+from exporter.quantization.weights import QuantizedWeights
 from exporter.safetensors import to_float32
 
 # All numbers of the grid: bfloat16's between the two ends
@@ -189,6 +191,80 @@ def test_values_below_the_grid_become_zero_and_the_error_says_so():
     assert not tensor.dequantize().any()
     assert error == pytest.approx(1)
     assert worst == pytest.approx(1e-9)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8", "int8-channel", "fp16"])
+@pytest.mark.parametrize("value", [1e-9, 1e-25, 1e-44])
+def test_the_error_of_what_becomes_zero_is_1_however_small_it_is(scheme, value):
+    """The squares of the smaller ones are zero in float32, as if nothing had been there."""
+    w = np.full((2, 32), value, np.float32)
+    for stored, error in ((w, 1), (np.zeros_like(w), 0)):
+        tensor, found, _ = rtn.quantize_mse(matrix(stored), parse_scheme(scheme))
+        assert not tensor.dequantize().any()
+        assert found == pytest.approx(error)
+
+
+class OneWeight:
+    """A checkpoint of one matrix."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def matrix(self, name: str) -> Matrix:
+        return matrix(self.values, name)
+
+
+def quantized(w: np.ndarray, scheme: str, algorithm: str = "rtn") -> QuantizedWeights:
+    checkpoint: Any = OneWeight(w)
+    return QuantizedWeights(checkpoint, {"w": Decision(parse_scheme(scheme), algorithm)})
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "rtn-absmax"])
+@pytest.mark.parametrize("scheme", ["int4", "int8", "int8-channel", "fp16"])
+def test_a_matrix_that_would_be_lost_is_refused(scheme, algorithm):
+    w = weights(8, 64) * np.float32(1e-8)
+    with pytest.raises(RecipeError, match=rf'^w would not survive {scheme} .*match = "w", scheme = "fp32"$'):
+        quantized(w, scheme, algorithm).matrix("w")
+    exact = quantized(w, "fp32", algorithm)
+    np.testing.assert_array_equal(exact.matrix("w").dequantize(), w)
+    assert exact.reports[0].error == 0
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8", "int8-channel", "fp16"])
+def test_a_matrix_of_zeros_or_with_a_few_lost_rows_is_not(scheme):
+    for w in (np.zeros((8, 64), np.float32), weights(8, 64) * np.float32([[1], [1e-9]] * 4)):
+        made = quantized(w, scheme)
+        made.matrix("w")
+        assert made.reports[0].error < 0.01
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "rtn-absmax"])
+@pytest.mark.parametrize("scheme", ["int4", "int4-g128"])
+def test_rounding_alone_is_never_refused(scheme, algorithm):
+    """The worst case: one weight in each group sets the scale, and all others lie just below half a step."""
+    w = np.full((4, 256), 0.49, np.float32)
+    w[:, ::128] = 7
+    w[:, 32::32] = 7 if scheme == "int4" else w[:, 32::32]
+    quantized(w, scheme, algorithm).matrix("w")
+
+
+def test_an_export_says_which_matrix_would_be_lost_and_how_to_keep_it(checkpoints, gochu, tmp_path):
+    model = checkpoints.write(tmp_path / "checkpoint", "qwen2")
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e-7
+    model.save_pretrained(tmp_path / "checkpoint")
+    command = ("export", tmp_path / "checkpoint", "-o", tmp_path / "out")
+    code, out, err = gochu(*command, "--scheme", "int4")
+    assert (code, out) == (3, "")
+    said = err.splitlines()[-1]
+    assert "layers.1.mlp.down would not survive int4" in said
+    assert not (tmp_path / "out").exists()
+    rule = "\n".join(said.partition("first rule is ")[2].split(", "))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'name = "r"\n[[rules]]\n{rule}\n[[rules]]\nmatch = "*"\nscheme = "int4"', encoding="utf-8"
+    )
+    code, _, err = gochu(*command, "--recipe", recipe)
+    assert code == 0, err
 
 
 @pytest.mark.parametrize("scheme", ["int4", "int8", "int8-channel"])
