@@ -98,6 +98,10 @@ class Architecture:
                 yield f"layers.{i}.{linear}.bias", lengths[f"layers.{i}.{linear}"]
         yield "final_norm", self.hidden
 
+    def has_bias(self, weight: str) -> bool:
+        """Whether the linear by that canonical name adds a bias."""
+        return weight.partition(".")[2].partition(".")[2] in self.biases
+
     @property
     def parameters(self) -> int:
         """Number of weights; a tied head counts once."""

@@ -67,7 +67,7 @@ class TorchOps:
         step = max(1, _WEIGHTS_AT_ONCE // matrix.shape[1])
         parts = [functional.linear(x, _rows(matrix, i, i + step)) for i in range(0, matrix.shape[0], step)]
         y = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-        if weight.partition(".")[2].partition(".")[2] in self.arch.biases:
+        if self.arch.has_bias(weight):
             y = y + torch.tensor(self.weights.vector(weight + ".bias"))
         return y
 

@@ -108,9 +108,10 @@ class EntryPoint(Strict):
 
 
 class KVCache(Strict):
-    """Layout of the key/value cache: per layer two buffers [1, kv_heads, context, head_dim] of `dtype`.
+    """The key/value cache: per layer two buffers of `dtype`.
 
-    `shared_buffer`: past and present may be the same memory, written in place.
+    `held_by`: the "caller", who gives [1, kv_heads, context, head_dim] as inputs and takes them as outputs, or
+    the "program", which keeps them to itself. `shared_buffer`: past and present may be the same memory.
     """
 
     layers: int
@@ -118,6 +119,7 @@ class KVCache(Strict):
     head_dim: int
     dtype: str
     shared_buffer: bool
+    held_by: Literal["caller", "program"] = "caller"
 
 
 class Residency(Strict):
