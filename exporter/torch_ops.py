@@ -19,14 +19,20 @@ class TorchOps:
     """The verbs of `decoder.Ops` on float32 tensors, with a KV cache.
 
     Weights are dequantized when they are used and forgotten again, so memory holds one layer's at most.
-    `rounded`: where a weight's scheme has int8 activations, round the inputs of linears so (one scale per
-    token and group, absmax / 127) in the batch's first `rounded` rows; None rounds all, 0 leaves all float32.
+    `rounded`: where a weight's scheme has int8 activations, round the inputs of linears as `engine` does in the
+    batch's first `rounded` rows; None rounds all, 0 leaves all float32.
     """
 
     def __init__(
-        self, arch: Architecture, weights: Weights, context: int, rounded: int | None = None
+        self,
+        arch: Architecture,
+        weights: Weights,
+        context: int,
+        rounded: int | None = None,
+        engine: str = "onnxruntime",
     ) -> None:
         self.arch, self.weights, self.rounded = arch, weights, rounded
+        self._round = ROUNDINGS[engine]
         self.past = 0  # tokens in the KV cache
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
         cos, sin = arch.rope.tables(context)
@@ -62,7 +68,7 @@ class TorchOps:
     def linear(self, x: Tensor, weight: str) -> Tensor:
         matrix = self.weights.matrix(weight)
         if self.rounded != 0 and matrix.scheme.activations == "int8":
-            part = round_activations(x[: self.rounded], matrix.scheme.group or x.shape[-1])
+            part = self._round(x[: self.rounded], matrix.scheme.group)
             x = torch.cat((part, x[self.rounded :])) if self.rounded is not None else part
         step = max(1, _WEIGHTS_AT_ONCE // matrix.shape[1])
         parts = [functional.linear(x, _rows(matrix, i, i + step)) for i in range(0, matrix.shape[0], step)]
@@ -114,16 +120,33 @@ class TorchOps:
         return torch.cat((rotated, x[..., dim:]), -1) if dim < x.shape[-1] else rotated
 
 
-def round_activations(x: Tensor, group: int) -> Tensor:
+def round_by_group(x: Tensor, group: int | None) -> Tensor:
     """Round to int8 and back, one scale per group of the last dimension: absmax / 127, ties to even.
 
     What onnxruntime's MatMulNBits does at accuracy level 4 (microsoft/onnxruntime, mlas, sqnbitgemm).
     """
     size = x.shape[-1]
-    groups = functional.pad(x, (0, -size % group)).unflatten(-1, (-1, group))
+    groups = functional.pad(x, (0, -size % (group or size))).unflatten(-1, (-1, group or size))
     scales = groups.abs().amax(-1, keepdim=True) / 127
     inverse = torch.where(scales > 0, 1 / scales, 0)
     return ((groups * inverse).round() * scales).flatten(-2)[..., :size]
+
+
+def round_by_token(x: Tensor, group: int | None) -> Tensor:
+    """Round to int8 and back, one scale and zero point per token, whatever the weights' group; ties to even.
+
+    What XNNPACK's dynamically quantized products do (google/XNNPACK, src/xnnpack/quantization.h,
+    xnn_f32_qd8_asymmetric_quantization_params): the range holds 0, and the zero point is rounded from the end
+    where that costs less.
+    """
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = torch.where(low == high, 1, 255 / (high - low))
+    bottom, top = low * scale, high * scale
+    zero = torch.where((-128 + bottom) + (127 + top) > 0, -128 - bottom, 127 - top).clamp(-128, 127).round()
+    return (((x * scale).round() + zero).clamp(-128, 127) - zero) / scale
+
+
+ROUNDINGS = {"onnxruntime": round_by_group, "executorch": round_by_token}  # how each engine rounds activations
 
 
 def _rows(matrix: QuantizedTensor, start: int, stop: int) -> Tensor:

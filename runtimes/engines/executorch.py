@@ -1,0 +1,179 @@
+"""Run an ExecuTorch variant (.pte) with ExecuTorch's own runtime on this machine's CPU.
+
+The program holds the KV cache: each run appends its tokens behind `start_pos`, so going back to an earlier
+position is forgetting a number. Threads are the process's: ExecuTorch has one pool for all programs
+(pytorch/executorch: extension/threadpool).
+"""
+
+import importlib
+import importlib.metadata
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.bundle import Bundle, Choice, Variant
+from runtimes.errors import BundleError, EngineError, PromptError, UsageError
+from runtimes.extras import require
+from runtimes.pte import read_header
+
+EXTRA = "executorch"
+METHOD = "forward"
+# Modules that register the kernels that our programs call, when they are imported.
+_KERNELS = ("executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized")
+
+
+def load(
+    bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int, exact: bool = False
+) -> "ExecuTorchEngine":
+    """Open a variant made for ExecuTorch; BundleError or EngineError if its program is damaged."""
+    if exact:
+        raise UsageError(
+            "ExecuTorch has no kernels for these weights that leave activations as they are: "
+            "the gate writes a program with float weights for that"
+        )
+    path = bundle.file(variant.entry_points[0].file)
+    return ExecuTorchEngine(path, choice, context=context, vocab=bundle.manifest.model.vocab, threads=threads)
+
+
+class ExecuTorchEngine:
+    """The verbs of `runtimes.engines.Engine` over an ExecuTorch program.
+
+    `trace`: have the runtime note when each operator begins and ends; `write_trace` then saves it.
+    """
+
+    def __init__(
+        self, path: Path, choice: Choice, *, context: int, vocab: int, threads: int, trace: bool = False
+    ) -> None:
+        read_header(path)  # ExecuTorch ends the process on some damaged files
+        runtime = import_runtime()
+        self.choice, self.context, self.vocab, self.threads = choice, context, vocab, threads
+        self._position = 0
+        self._name = path.name
+        said: list[str] = []
+        try:
+            with _stderr(said):
+                runtime._unsafe_reset_threadpool(threads)
+                self._program: Any = runtime._load_program(
+                    str(path), enable_etdump=trace, program_verification=runtime.Verification.InternalConsistency
+                )
+                self._chunk = int(self._program.load_method("get_max_seq_len").call()[0])
+                self._method: Any = self._program.load_method(METHOD)  # weights are packed now, not at the first run
+        except RuntimeError as error:
+            raise EngineError(
+                f"ExecuTorch cannot load {path.name} ({_reason(error, said)}); export the bundle again"
+            ) from None
+        torch: Any = importlib.import_module("torch")
+        self._tensor = torch.from_numpy
+        self._start = np.zeros(1, np.int64)
+        self._token = np.zeros((1, 1), np.int64)
+        self._step = [self._tensor(self._token), self._tensor(self._start)]
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    @property
+    def version(self) -> str:
+        return f"executorch {importlib.metadata.version('executorch')}"
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        self._check_room(len(tokens))
+        if len(tokens) == 0:
+            raise PromptError("there are no tokens to run; give a prompt that is not empty")
+        ids = np.asarray(tokens, np.int64)
+        if ids.min() < 0 or ids.max() >= self.vocab:
+            raise PromptError(
+                f"token {ids.min() if ids.min() < 0 else ids.max()} is not in the vocabulary of {self.vocab}"
+            )
+        for chunk in np.split(ids, range(self._chunk, len(ids), self._chunk)):
+            logits = self._run([self._tensor(chunk[None]), self._step[1]], len(chunk))
+        return logits
+
+    def decode(self, token: int) -> np.ndarray:
+        self._check_room(1)
+        if not 0 <= token < self.vocab:
+            raise PromptError(f"token {token} is not in the vocabulary of {self.vocab}")
+        self._token[0, 0] = token
+        return self._run(self._step, 1)
+
+    def reset(self, position: int = 0) -> None:
+        if not 0 <= position <= self._position:
+            raise UsageError(
+                f"cannot go back to position {position}: the KV cache holds {self._position} tokens"
+            )
+        self._position = position
+
+    def close(self) -> None:
+        self._method = self._program = None
+
+    def write_trace(self, path: Path) -> None:
+        """Save what the runtime noted since the program was loaded, as an ETDump."""
+        self._program.write_etdump_result_to_file(str(path))
+
+    def _check_room(self, count: int) -> None:
+        if self._method is None:
+            raise UsageError("the engine is closed; load the bundle again")
+        if self._position + count > self.context:
+            raise PromptError(
+                f"{self._position + count} tokens do not fit in the context of {self.context}; "
+                "shorten the prompt or open the model with a larger context"
+            )
+
+    def _run(self, inputs: list[Any], count: int) -> np.ndarray:
+        self._start[0] = self._position
+        try:
+            logits = self._method.call(inputs, clone_outputs=False)[0]
+        except RuntimeError as error:
+            raise EngineError(
+                f"ExecuTorch failed in {self._name} at token {self._position + count} ({_reason(error)}); "
+                "export the bundle again"
+            ) from None
+        self._position += count
+        return logits.numpy()[0, -1].copy()
+
+
+def import_runtime() -> Any:
+    """ExecuTorch's Python binding with all kernels that our programs need; MissingExtra if it is absent.
+
+    Importing it says much that is no news to a user; that is kept off the screen.
+    """
+    require("executorch", EXTRA)
+    with _stderr([]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in _KERNELS:
+            importlib.import_module(name)
+        runtime = importlib.import_module("executorch.extension.pybindings._portable_lib")
+    if "XnnpackBackend" not in runtime._get_registered_backend_names():
+        raise BundleError("this build of ExecuTorch has no XNNPACK backend; install the one from PyPI")
+    return runtime
+
+
+@contextmanager
+def _stderr(lines: list[str]) -> Iterator[None]:
+    """Take what is written to standard error, by native code too; `lines` holds it when the block has ended."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            lines += file.read().decode("utf-8", errors="replace").splitlines()
+
+
+def _reason(error: Exception, said: Sequence[str] = ()) -> str:
+    """What ExecuTorch says, in one line."""
+    lines = [line.partition("] ")[2] or line for line in said if "cpuinfo" not in line]
+    text = " ".join((lines[0] if lines else str(error)).split())
+    return text if len(text) <= 200 else text[:200] + "..."
