@@ -85,9 +85,8 @@ class OnnxOps:
         rows_, inputs = tensor.shape
         if tensor.scheme.group is None:
             q = self._emit("Cast", [self._emit("Gather", [stored, ids])], to=TensorProto.FLOAT)
-            middle = self._constant("embedding.middle", np.array(2.0 ** (tensor.scheme.bits - 1), np.float32))
             scales = self._alias(f"{stored}.scales", "embedding.table.scales", [rows_, 1])
-            return self._emit("Mul", [self._emit("Sub", [q, middle]), self._emit("Gather", [scales, ids])])
+            return self._emit("Mul", [q, self._emit("Gather", [scales, ids])])
         table = self._alias(stored, "embedding.table", [rows_, inputs * tensor.scheme.bits // 8])
         scales = self._alias(
             f"{stored}.scales", "embedding.table.scales", [rows_, inputs // tensor.scheme.group]
@@ -211,16 +210,11 @@ class OnnxOps:
                 accuracy_level=4 if layout["activations"] == "int8" else 1,
             )
         else:
-            if bits <= 8:
-                middle = self._constant(
-                    f"middle{bits}.{outputs}", np.full(outputs, 2 ** (bits - 1), np.uint8)
-                )
-                weight = self._emit("DequantizeLinear", [stored, f"{stored}.scales", middle], axis=0)
-            elif bits == 16:
-                weight = self._emit("Cast", [stored], to=TensorProto.FLOAT)
-            else:
-                weight = stored
+            # A Cast of a constant is done once, as the model is loaded; DequantizeLinear would be for each token
+            weight = stored if bits == 32 else self._emit("Cast", [stored], to=TensorProto.FLOAT)
             y = self._emit("FusedMatMul", [self._name(x), weight], domain=_CONTRIB, transB=1)
+            if bits <= 8:
+                y = self._emit("Mul", [y, f"{stored}.scales"])
         if names[0].partition(".")[2].partition(".")[2] in self.arch.biases:
             y = self._emit("Add", [y, self._vector([f"{name}.bias" for name in names])])
         return y
@@ -242,7 +236,8 @@ class OnnxOps:
             )
             scales_shape = [outputs * (inputs // scheme.group)]
         elif scheme.is_integer:
-            self._external(name, TensorProto.UINT8, [outputs, inputs], data)
+            signed = [block ^ 0x80 for block in data]  # int8, which Cast makes the integers themselves of
+            self._external(name, TensorProto.INT8, [outputs, inputs], signed)
             scales_shape = [outputs]
         else:
             kind = TensorProto.FLOAT16 if scheme.bits == 16 else TensorProto.FLOAT

@@ -43,6 +43,8 @@ class OnnxWeights:
             kind = np.float16 if bits == 16 else np.float32
             return QuantizedTensor(name, scheme, (rows, inputs), self._rows(place, "", kind, inputs))
         data = self._rows(place, "", np.uint8, inputs * bits // 8)
+        if self._initializers[place["initializer"]].data_type == onnx.TensorProto.INT8:
+            data ^= 0x80  # per channel: stored as it is, not as q + 128
         scales = self._rows(place, ".scales", np.float32, inputs // group if group else 1)
         return QuantizedTensor(name, scheme, (rows, inputs), data, scales)
 

@@ -18,7 +18,7 @@ from exporter.quantization.rtn import quantize_mse
 from exporter.quantization.scheme import parse_scheme
 from exporter.quantization.tensor import vector_digest
 from exporter.quantization.weights import QuantizedWeights
-from exporter.torch_ops import TorchOps, round_activations
+from exporter.torch_ops import TorchOps, round_by_group
 from runtimes.bundle import TensorReport
 
 CONTEXT = 64
@@ -123,7 +123,7 @@ def test_graph_agrees_with_the_reference(family, scheme, checkpoints, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["int4", "int4-g128", "int8", "int8-g64"])
 def test_activations_are_rounded_as_the_kernel_does(scheme, tmp_path):
-    """One product, many inputs: MatMulNBits at accuracy level 4 against `round_activations`."""
+    """One product, many inputs: MatMulNBits at accuracy level 4 against `round_by_group`."""
     from onnx import TensorProto, helper, numpy_helper
 
     random = np.random.default_rng(5)
@@ -154,7 +154,7 @@ def test_activations_are_rounded_as_the_kernel_does(scheme, tmp_path):
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     y = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
-    rounded = round_activations(torch.from_numpy(x), parsed.group).numpy().astype(np.float64)
+    rounded = round_by_group(torch.from_numpy(x), parsed.group).numpy().astype(np.float64)
     expected = rounded @ tensor.dequantize().T.astype(np.float64)
     off = np.abs(y - expected).max(-1) / np.abs(expected).max(-1)
     assert np.mean(off < 1e-6) > 0.98  # the rest: a value on a rounding boundary
@@ -213,6 +213,20 @@ def test_a_tied_head_shares_the_embeddings_bytes(scheme, checkpoints, tmp_path):
     size = (tmp_path / DATA).stat().st_size
     assert held - 2**14 <= size <= held + tables + padding  # small vectors stay in the graph
     assert size < held + reports["embedding"].bytes  # not twice
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_nothing_constant_is_computed_for_each_token(scheme, checkpoints, tmp_path):
+    """Weights that the CPU multiplies as float32 are unfolded when the model is loaded."""
+    with open_checkpoint(checkpoints.folder("qwen2")) as checkpoint:
+        write(checkpoint, Recipe.uniform(scheme), tmp_path)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "as-loaded.onnx")
+    ort.InferenceSession(str(tmp_path / GRAPH), options)
+    graph = onnx.load(tmp_path / "as-loaded.onnx", load_external_data=False).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    assert not [node.name for node in graph.node if set(node.input) <= constants]
 
 
 def test_the_graph_itself_stays_small(checkpoints, tmp_path):

@@ -75,7 +75,7 @@ QUESTIONS = (
 )
 
 
-@pytest.mark.parametrize("scheme", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("scheme", ["fp16", "int8", "int8-channel", "int4"])
 def test_pepper_gives_the_same_text(scheme, bundles):
     bundle = bundles("pepper", scheme)
     genai: Any = og.Model(str(bundle.path))
