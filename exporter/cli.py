@@ -45,6 +45,15 @@ RecipeOption = Annotated[
     Path | None, typer.Option(help="A TOML file that says which tensor gets which scheme.", dir_okay=False)
 ]
 ContextOption = Annotated[int | None, typer.Option(help="Tokens that the graph can hold (default: planned).")]
+FormatOption = Annotated[
+    str | None, typer.Option("--format", help="onnx or executorch (default: planned, onnx where it can be).")
+]
+DelegateOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What an ExecuTorch program computes on: xnnpack (CPU), vulkan, coreml, qualcomm, mediatek."
+    ),
+]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads (default: the physical cores).", min=1)]
 VariantOption = Annotated[str | None, typer.Option(help="Which variant (default: the first that runs here).")]
@@ -60,6 +69,7 @@ def _help(text: str, *examples: str) -> str:
         'gochu export pepper --device "Galaxy S24 Ultra" -o out/',
         "gochu export ./Qwen2.5-0.5B-Instruct --device SM-S928N --scheme int4 -o out/ --json",
         "gochu export org/model --revision main --device 'iPhone 16 Pro' --context 2048 -o out/",
+        "gochu export pepper --format executorch --delegate vulkan --device 'Galaxy S24' -o out/",
     )
 )
 def export(
@@ -70,6 +80,8 @@ def export(
     algorithm: AlgorithmOption = "rtn",
     recipe: RecipeOption = None,
     context: ContextOption = None,
+    format: FormatOption = None,
+    delegate: DelegateOption = None,
     revision: RevisionOption = None,
     verify: Annotated[
         bool,
@@ -90,6 +102,8 @@ def export(
             algorithm=algorithm,
             recipe=_recipe(recipe),
             context=context,
+            format=format,
+            delegate=delegate,
             revision=revision,
             verify=verify,
             force=force,
@@ -118,6 +132,7 @@ def export(
         "Show what an export would do and why, and what it would need, before anything is computed.",
         'gochu plan pepper --device "갤럭시 S24 울트라"',
         "gochu plan ./Llama-3.2-1B-Instruct --device 'Pixel 8' --scheme int8 --json",
+        "gochu plan pepper --format executorch --device 'Galaxy Z Flip7'",
     )
 )
 def plan(
@@ -127,6 +142,8 @@ def plan(
     algorithm: AlgorithmOption = "rtn",
     recipe: RecipeOption = None,
     context: ContextOption = None,
+    format: FormatOption = None,
+    delegate: DelegateOption = None,
     revision: RevisionOption = None,
     as_json: Json = False,
 ) -> None:
@@ -141,6 +158,8 @@ def plan(
             algorithm=algorithm,
             recipe=_recipe(recipe),
             context=context,
+            format=format,
+            delegate=delegate,
         )
     if as_json:
         _print_json({"checkpoint": source.name, **made.to_dict()})

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from exporter.pipeline import Progress as Report
     from exporter.plan import Plan
     from profiles import Device
-    from runtimes.bundle import Bundle, Choice, Gate
+    from runtimes.bundle import Bundle, Choice, Gate, Variant
 
 console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
 
@@ -94,7 +94,7 @@ def show_bundle(bundle: "Bundle", tensors: bool) -> None:
     for variant in manifest.variants:
         console.print(
             f"variant {variant.name}: {variant.format} for {variant.engine}, {variant.scheme}, context "
-            f"{variant.context} tokens, for {', '.join(variant.chips) or 'any CPU'}"
+            f"{variant.context} tokens, for {', '.join(variant.chips) or _anywhere(variant)}"
         )
     console.print(f"stops on tokens {', '.join(map(str, manifest.tokens.eos))}")
     show_choices("Plan", manifest.plan)
@@ -109,6 +109,10 @@ def show_bundle(bundle: "Bundle", tensors: bool) -> None:
             shape = "×".join(map(str, t.shape))
             table.add_row(t.name, t.scheme, t.algorithm, shape, f"{t.error:.2e}", t.note)
         console.print(table)
+
+
+def _anywhere(variant: "Variant") -> str:
+    return "any CPU" if variant.delegate in ("", "xnnpack") else f"whatever has {variant.delegate}"
 
 
 def show_devices(devices: Iterable["Device"]) -> None:

@@ -7,15 +7,20 @@ generation and one pass, needs no checkpoint, and its memory is one layer's.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.architecture import Architecture, read_architecture
 from exporter.checkpoint import read_json
 from exporter.errors import GateFailed
+from exporter.formats import find_format
+from exporter.residency import heavy_elsewhere
 from exporter.tokenizer import find_probes
 from runtimes import extras
 from runtimes.bundle import Bundle, Check, Gate, TensorReport, Variant
+from runtimes.cpu import default_threads
+from runtimes.engines import runs_here
 from runtimes.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 64  # generated for each prompt
 EXACT_TOKENS = 16  # of those, run again with float activations
+TWIN_BYTES, TWIN_VOCAB = 1 << 30, 8192  # of float weights, where a program has to be written again for that
 _PROMPTS = (
     "안녕하세요! 한국의 수도는 어디인가요?",
     "Once upon a time, in a small village by the sea,",
@@ -66,8 +72,10 @@ def verify(bundle: Bundle, progress: Callable[[str], None] = lambda check: None)
 
     Raises GateFailed with what failed, ChecksumError where a file is not the one that was exported.
     """
-    for library in ("onnx", "torch"):
-        extras.check(library, "onnx")
+    for variant in bundle.manifest.variants:
+        form = find_format(variant.format)
+        for library in ("torch", *form.libraries):
+            extras.check(library, form.extra)
     done: list[Check] = []
     arch = read_architecture(read_json(bundle.file("config.json"), required=True))
     for check in _checks(bundle, arch, progress):
@@ -84,11 +92,44 @@ def _checks(bundle: Bundle, arch: Architecture, progress: Callable[[str], None])
     tokenizer = Tokenizer(bundle.file("tokenizer.json"))
     yield _tokenizer(bundle, tokenizer)
     for variant in bundle.manifest.variants:
+        if variant.residency:
+            yield _residency(variant)
+        if not runs_here(variant):
+            yield _not_run(variant)
+            continue
         weights = _weights(bundle, variant)
         progress("integers")
         yield _integers(bundle, arch, weights)
         progress("tokens")
         yield from _tokens(bundle, variant, arch, weights, tokenizer)
+
+
+def _residency(variant: Variant) -> Check:
+    """No product of matrices runs outside of what the variant is for."""
+    found = variant.residency
+    assert found is not None
+    heavy = heavy_elsewhere(found)
+    outside = f"; outside are {', '.join(found.elsewhere)}" if found.elsewhere else ""
+    macs, held = (
+        _share(part, whole)
+        for part, whole in ((found.macs_on, found.macs), (found.weight_bytes_on, found.weight_bytes))
+    )
+    detail = (
+        f"{found.accelerator} computes {found.ops_on} of {found.ops} operations, {macs} of the multiply-adds, and "
+        f"holds {held} of the weights{outside}"
+    )
+    if heavy:
+        detail = f"{found.accelerator} leaves {', '.join(heavy)} to portable kernels"
+    return Check(name="residency", passed=not heavy, detail=detail)
+
+
+def _not_run(variant: Variant) -> Check:
+    detail = f"variant {variant.name} cannot run on this machine: it was written, not run"
+    return Check(name="not run", passed=True, detail=detail)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "none"
 
 
 def _checksums(bundle: Bundle) -> Check:
@@ -110,11 +151,14 @@ def _tokenizer(bundle: Bundle, tokenizer: Tokenizer) -> Check:
 
 def _weights(bundle: Bundle, variant: Variant) -> "Weights":
     """The weights as the variant's own files hold them."""
+    path = bundle.file(variant.entry_points[0].file)
     if variant.format == "onnx":
         from exporter.formats.onnx_weights import OnnxWeights
 
-        return OnnxWeights(bundle.file(variant.entry_points[0].file))
-    raise GateFailed(f"the gate cannot read weights of format {variant.format!r}: update Gochu")
+        return OnnxWeights(path)
+    from exporter.formats.executorch_weights import ExecuTorchWeights
+
+    return ExecuTorchWeights(path, read_architecture(read_json(bundle.file("config.json"), required=True)))
 
 
 def _integers(bundle: Bundle, arch: Architecture, weights: "Weights") -> Check:
@@ -146,21 +190,22 @@ def _tokens(
 
     prompts = list(_prompts(tokenizer, arch, variant.context))
     sequences, logits = _generate(bundle, variant, prompts)
-    rounded, exact = _reference(
-        arch, weights, variant.context, sequences, [len(prompt) for prompt in prompts]
-    )
+    rounded, exact = _reference(arch, weights, variant, sequences, [len(prompt) for prompt in prompts])
     spread = np.maximum(exact.max(-1) - exact.min(-1), 1e-6)
     noise = np.abs(exact - rounded).max(-1) / spread
     bounds = FLOAT_BOUNDS
     if noise.any():
         bounds = rounding_bounds(noise)
-        forced = _teacher_forced(bundle, variant, prompts, sequences)
-        starts = np.cumsum([0, *map(len, logits)])
-        at = np.concatenate(
-            [start + np.arange(len(rows)) for start, rows in zip(starts, forced, strict=False)]
-        )
-        error = np.abs(np.concatenate(forced) - exact[at]).max(-1) / spread[at]
-        yield _logits_check("graph", error, FLOAT_BOUNDS, "with float activations")
+        if variant.format == "executorch":
+            yield _float_twin(variant, arch, weights)
+        else:
+            forced = _teacher_forced(bundle, variant, prompts, sequences)
+            starts = np.cumsum([0, *map(len, logits)])
+            at = np.concatenate(
+                [start + np.arange(len(rows)) for start, rows in zip(starts, forced, strict=False)]
+            )
+            error = np.abs(np.concatenate(forced) - exact[at]).max(-1) / spread[at]
+            yield _logits_check("graph", error, FLOAT_BOUNDS, "with float activations")
     ours = np.concatenate(logits)
     gaps = (rounded.max(-1) - rounded[np.arange(len(ours)), ours.argmax(-1)]) / spread
     same, near = int((gaps == 0).sum()), int(((gaps > 0) & (gaps <= bounds.tie)).sum())
@@ -249,10 +294,60 @@ def _teacher_forced(
     return logits
 
 
+def _float_twin(variant: Variant, arch: Architecture, weights: "Weights") -> Check:
+    """The same program with float weights, so that activations are not rounded, against the reference.
+
+    ExecuTorch has no kernels that multiply floats by grouped integers. So the program is written once more, with
+    what the integers stand for, cut to as many layers and as much of the vocabulary as bounds its size: every kind
+    of layer is in it, and what the cut leaves out is in the checks of the whole.
+    """
+    import tempfile
+
+    import numpy as np
+    import torch
+
+    from exporter.formats.executorch import PROGRAM, write_executorch
+    from exporter.formats.executorch_runner import runner_methods
+    from exporter.quantization.weights import FloatWeights
+    from exporter.torch_ops import TorchOps
+    from runtimes.bundle import Choice, Tokens
+    from runtimes.engines.executorch import ExecuTorchEngine
+
+    arch = _cut(arch)
+    floats = FloatWeights(weights, arch)
+    context = min(variant.context, max(64, 2 * max((w for w in arch.windows if w < 256), default=0)))
+    tokens = [(i * 7919 + 3) % arch.vocab for i in range(min(48, context))]
+    with tempfile.TemporaryDirectory() as folder:
+        methods = runner_methods(arch, Tokens(eos=(0,)), context, context)
+        write_executorch(arch, floats, context, Path(folder), methods)
+        choice = Choice(topic="variant", value=variant.name, reason="its twin")
+        engine = ExecuTorchEngine(
+            Path(folder) / PROGRAM, choice, context=context, vocab=arch.vocab, threads=default_threads()
+        )
+        half = len(tokens) // 2
+        ours = np.stack([engine.prefill(tokens[:half]), *(engine.decode(token) for token in tokens[half:])])
+        engine.close()
+    reference = TorchOps(arch, floats, context, rounded=0)
+    theirs = reference.run(torch.tensor([tokens]))[0, half - 1 :].numpy()
+    spread = np.maximum(theirs.max(-1) - theirs.min(-1), 1e-6)
+    how = f"with float activations, over {arch.layers} layers and {arch.vocab} rows of the vocabulary"
+    return _logits_check("graph", np.abs(ours - theirs).max(-1) / spread, FLOAT_BOUNDS, how)
+
+
+def _cut(arch: Architecture) -> Architecture:
+    """`arch` with few enough layers and words that its float weights stay below TWIN_BYTES, two layers at least."""
+    vocab = min(arch.vocab, TWIN_VOCAB)
+    one = replace(arch, layers=1, vocab=vocab)
+    two = replace(arch, layers=2, vocab=vocab)
+    room = TWIN_BYTES // 4 - one.parameters
+    layers = min(arch.layers, max(2, 1 + room // max(1, two.parameters - one.parameters)))
+    return replace(arch, layers=layers, vocab=vocab, windows=arch.windows[:layers])
+
+
 def _reference(
     arch: Architecture,
     weights: "Weights",
-    context: int,
+    variant: Variant,
     sequences: Sequence[list[int]],
     prompt_lengths: Sequence[int],
 ) -> "tuple[np.ndarray, np.ndarray]":
@@ -271,7 +366,7 @@ def _reference(
     tokens = torch.zeros(2 * count, max(map(len, sequences)), dtype=torch.int64)
     for i, sequence in enumerate(sequences):
         tokens[i, : len(sequence)] = tokens[count + i, : len(sequence)] = torch.tensor(sequence)
-    ops = TorchOps(arch, weights, context, rounded=count)
+    ops = TorchOps(arch, weights, variant.context, rounded=count, engine=variant.engine)
     with torch.no_grad():
         hidden = decoder.embedding(ops, arch, tokens)
         for i in range(arch.layers):

@@ -8,14 +8,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.formats import FORMATS
 from exporter.gate import verify as run_gate
-from exporter.plan import Plan, make_plan
+from exporter.plan import XNNPACK, Plan, make_plan
 from exporter.quantization.recipe import Recipe
+from exporter.quantization.weights import QuantizedWeights
 from exporter.staging import Staging, discard, staging, write_whole
 from exporter.tokenizer import TextSide, read_text_side
 from runtimes import extras
-from runtimes.bundle import MANIFEST, Bundle, Gate, Manifest, ModelInfo, TensorReport, Variant
+from runtimes.bundle import (
+    MANIFEST,
+    Bundle,
+    EntryPoint,
+    Gate,
+    KVCache,
+    Manifest,
+    ModelInfo,
+    Residency,
+    TensorReport,
+    Variant,
+)
+from runtimes.engines import ENGINES
 from runtimes.errors import GochuError
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
@@ -31,28 +46,43 @@ def export(
     recipe: Recipe | None = None,
     context: int | None = None,
     revision: str | None = None,
+    format: str | None = None,
+    delegate: str | None = None,
     verify: bool = True,
     force: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Bundle:
     """Export a checkpoint (folder, repository id, or "pepper") to a bundle at `output`, for a device.
 
-    What is not given (scheme, context in tokens) is planned for the device. Without `verify` the bundle
+    What is not given (scheme, format, context in tokens) is planned for the device. `delegate`: what an ExecuTorch
+    program computes on, beside the CPU (see `exporter.plan.make_plan`). Without `verify` the bundle
     says of itself that it is unverified. Every error is a GochuError; after one there is no bundle at
     `output`, or the one that was there before.
     """
-    for library in ("onnx", "onnxruntime", "torch") if verify else ("onnx",):
-        extras.check(library, "onnx")
     with open_checkpoint(checkpoint, revision) as source:
         arch = source.architecture
         plan = make_plan(
-            arch, device=device, scheme=scheme, algorithm=algorithm, recipe=recipe, context=context
+            arch,
+            device=device,
+            scheme=scheme,
+            algorithm=algorithm,
+            recipe=recipe,
+            context=context,
+            format=format,
+            delegate=delegate,
         )
+        _require_libraries(plan, verify)
         text = read_text_side(source)
         fingerprint = [source.fingerprint(), plan.fingerprint(), text.fingerprint(), _version()]
         with staging(Path(output), fingerprint, force) as stage:
             stage.step("text", lambda folder: _write_text_side(source, text, folder))
-            made = stage.step("onnx", lambda folder: _write_onnx(source, plan, text, folder, progress))
+            made = []
+            for part in plan.delegates or (plan.format,):
+
+                def write(folder: Path, part: str = part) -> Any:
+                    return _write_variant(source, plan, part, text, folder, progress)
+
+                made.append(stage.step(part, write))
             manifest = _manifest(source, plan, text, stage, made)
             write_whole(stage.folder / MANIFEST, manifest.to_json())
             if verify:
@@ -66,13 +96,23 @@ def _write_text_side(source: Checkpoint, text: TextSide, folder: Path) -> None:
     shutil.copyfile(source.path / "config.json", folder / "config.json")
 
 
-def _write_onnx(source: Checkpoint, plan: Plan, text: TextSide, folder: Path, progress: Progress) -> Any:
-    """Quantize and write the ONNX variant; its manifest entries as JSON."""
-    from exporter.formats.genai import write_genai_config
-    from exporter.formats.onnx import kv_cache, write_onnx
-    from exporter.quantization.weights import QuantizedWeights
+def _require_libraries(plan: Plan, verify: bool) -> None:
+    """MissingExtra before any work is done, not after."""
+    form = FORMATS[plan.format]
+    for library in form.libraries:
+        extras.check(library, form.extra)
+    if verify:
+        for library in ("torch", ENGINES[plan.engine].library):
+            extras.check(library, form.extra)
 
+
+def _write_variant(
+    source: Checkpoint, plan: Plan, part: str, text: TextSide, folder: Path, progress: Progress
+) -> Any:
+    """Quantize and write the variant for a delegate (or of the format); its manifest entries as JSON."""
     arch, done = source.architecture, 0
+    delegate = part if plan.delegates else ""
+    before = {path.name for path in folder.iterdir()}
 
     def advance(name: str, count: int) -> None:
         nonlocal done
@@ -80,19 +120,21 @@ def _write_onnx(source: Checkpoint, plan: Plan, text: TextSide, folder: Path, pr
         progress(f"quantize {name}", done, arch.parameters)
 
     weights = QuantizedWeights(source, plan.decisions, advance)
-    entry = write_onnx(arch, weights, plan.context, folder, plan.last_logits_only)
-    write_genai_config(arch, text.tokens, entry, plan.context, folder)
+    write = {"onnx": _write_onnx, "executorch": _write_executorch}[plan.format]
+    entry, cache, residency, tools = write(arch, weights, plan, delegate, text, folder)
     variant = Variant(
-        name=f"{plan.format}-{plan.scheme}",
+        name="-".join(filter(None, (plan.format, delegate, plan.scheme))),
         format=plan.format,
         engine=plan.engine,
+        delegate=delegate,
         scheme=plan.scheme,
         context=plan.context,
         last_logits_only=plan.last_logits_only,
         entry_points=(entry,),
-        kv_cache=kv_cache(arch),
-        files=tuple(sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))),
-        toolchain=_toolchain("numpy", "onnx", "tokenizers"),
+        kv_cache=cache,
+        files=tuple(sorted({path.name for path in folder.iterdir()} - before)),
+        residency=residency,
+        toolchain=_toolchain("numpy", "tokenizers", *tools),
     )
     return {
         "variant": variant.model_dump(mode="json"),
@@ -100,7 +142,38 @@ def _write_onnx(source: Checkpoint, plan: Plan, text: TextSide, folder: Path, pr
     }
 
 
-def _manifest(source: Checkpoint, plan: Plan, text: TextSide, stage: Staging, made: Any) -> Manifest:
+Written = tuple[EntryPoint, KVCache, Residency | None, tuple[str, ...]]
+
+
+def _write_onnx(
+    arch: Architecture, weights: QuantizedWeights, plan: Plan, _: str, text: TextSide, folder: Path
+) -> Written:
+    from exporter.formats.genai import write_genai_config
+    from exporter.formats.onnx import kv_cache, write_onnx
+
+    entry = write_onnx(arch, weights, plan.context, folder, plan.last_logits_only)
+    write_genai_config(arch, text.tokens, entry, plan.context, folder)
+    return entry, kv_cache(arch), None, ("onnx",)
+
+
+def _write_executorch(
+    arch: Architecture, weights: QuantizedWeights, plan: Plan, delegate: str, text: TextSide, folder: Path
+) -> Written:
+    from exporter.formats.executorch import CHUNK, kv_cache, write_executorch
+    from exporter.formats.executorch_runner import runner_methods
+
+    methods = runner_methods(arch, text.tokens, plan.context, min(CHUNK, plan.context))
+    tools = ("executorch", "torch")
+    if delegate == XNNPACK:
+        entry, residency = write_executorch(arch, weights, plan.context, folder, methods)
+        return entry, kv_cache(arch), residency, tools
+    from exporter.formats.executorch_traced import write_traced
+
+    entry, residency = write_traced(arch, weights, plan.context, folder, delegate, methods)
+    return entry, kv_cache(arch), residency, tools
+
+
+def _manifest(source: Checkpoint, plan: Plan, text: TextSide, stage: Staging, made: list[Any]) -> Manifest:
     arch = source.architecture
     return Manifest(
         gochu=_version(),
@@ -122,8 +195,8 @@ def _manifest(source: Checkpoint, plan: Plan, text: TextSide, stage: Staging, ma
         plan=plan.choices,
         prediction=plan.prediction.figures() if plan.prediction else {},
         recipe=plan.recipe.model_dump(mode="json"),
-        tensors=tuple(TensorReport(**report) for report in made["tensors"]),
-        variants=(Variant(**made["variant"]),),
+        tensors=tuple(TensorReport(**report) for report in made[0]["tensors"]),
+        variants=tuple(Variant(**each["variant"]) for each in made),
         tokens=text.tokens,
         chat_template=text.chat_template,
         probes=text.probes,

@@ -12,13 +12,13 @@ from typing import Any
 import profiles
 from exporter.architecture import Architecture
 from exporter.errors import PlanRefused, UsageError
+from exporter.formats import FORMATS, Format, find_format
 from exporter.quantization.recipe import Decision, Recipe
 from exporter.quantization.scheme import parse_scheme
 from profiles import Chip, Device
 from runtimes.bundle import Choice
 from runtimes.predict import Decoder, Prediction, Weight, predict
 
-FORMAT, ENGINE = "onnx", "onnxruntime"
 HEAD_MULTIPLE = 16  # onnxruntime 1.32, contrib_ops/cpu/bert/group_query_attention_helper.h
 CONTEXTS = (4096, 2048, 1024, 512, 256)  # tokens; what is planned unless asked for
 ROOMY = 1024  # tokens; a scheme that leaves room for fewer gives way to the next
@@ -26,7 +26,7 @@ TIGHT = 0.8  # of the memory budget; more is planned only if a context of up to 
 SHORTEST = 16  # tokens; less holds no chat template
 SMALL_MODEL = 100_000_000  # parameters
 APP_BYTES = 300_000_000  # what the app itself needs: its screen, its code, the tokenizer
-BY_QUALITY = ("fp16", "int8", "int4", "int4-g128")  # what a refusal may offer, the best first
+XNNPACK = "xnnpack"  # the delegate that computes on any CPU
 
 # Planned when no scheme is asked for: the first that leaves room for a context of ROOMY tokens.
 _SCHEMES = {
@@ -38,17 +38,37 @@ _SCHEMES = {
         "int4-g128": "groups of 128 share a scale: int4, which has four times as many, leaves too little memory",
     },
 }
+_FORMATS = {
+    "onnx": "one file for Android, iOS, Linux, macOS and Windows; ONNX Runtime maps its weights from the file and "
+    "multiplies by the integers as they are stored",
+    "executorch": "one program for Android, iOS and Linux that ExecuTorch's own LLM runner opens; XNNPACK packs the "
+    "integers anew when it loads them",
+}
+_CPU = {"onnx": "CPU (ONNX Runtime)", "executorch": "CPU (ExecuTorch, XNNPACK)"}
+# Why the NPU stands idle, by its kind.
 _BACKENDS = {
-    "hexagon": "the {npu} NPU stands idle: this version exports ONNX for the CPU, and no binary for Qualcomm's QNN",
-    "ane": "ONNX Runtime's iOS and macOS packages run this file on the CPU; the {npu} is reached through Core ML, "
-    "the better route on Apple's chips, which this version does not export",
-    "exynos": "the {npu} stands idle: this version exports ONNX for the CPU, and no format for Samsung's compiler",
-    "apu": "the {npu} stands idle: this version exports ONNX for the CPU, and no format for MediaTek's compiler",
-    "tpu": "the {npu} stands idle: this version exports ONNX for the CPU, and no format for Google's compiler",
+    "hexagon": "the {npu} NPU stands idle: this is made for the CPU; --delegate qualcomm reaches it, where Qualcomm's "
+    "SDK is installed",
+    "ane": "this runs on the CPU; the {npu} is reached through Core ML, the better route on Apple's chips: --delegate "
+    "coreml goes there through ExecuTorch, a package of its own this version does not export",
+    "exynos": "the {npu} stands idle: this is made for the CPU, and not for Samsung's compiler",
+    "apu": "the {npu} stands idle: this is made for the CPU; --delegate mediatek reaches it, where MediaTek's SDK is "
+    "installed",
+    "tpu": "the {npu} stands idle: this is made for the CPU, and no format for Google's compiler is exported",
+}
+_DELEGATES = {
+    "vulkan": "GPU (ExecuTorch, Vulkan)",
+    "coreml": "Core ML (ExecuTorch)",
+    "qualcomm": "Hexagon (ExecuTorch, QNN)",
+    "mediatek": "APU (ExecuTorch, NeuroPilot)",
+}
+_ROUNDED = {
+    "onnx": "a scale for each token and group",
+    "executorch": "a scale and a zero point for each token",
 }
 _ACTIVATIONS = {
-    "int8": "values that meet grouped integers are rounded to 8 bits, a scale for each token and group found on the "
-    "way, which the CPU's integer dot products need; all else is float32",
+    "int8": "values that meet integers are rounded to 8 bits, {scale} found on the way, which the CPU's integer dot "
+    "products need; all else is float32",
     "float32": "the CPU's kernels for these weights compute in float32",
 }
 
@@ -58,12 +78,14 @@ class Plan:
     """Everything that determines an export, why it is so, and what it will need.
 
     `device` is None for this computer. `decisions`: canonical tensor name -> scheme and algorithm.
-    `context`: tokens that the graph can hold. `warnings`: what the user should know before it starts.
+    `delegates`: which compute an ExecuTorch program, a variant for each, the preferred first; `context`: tokens
+    that the graph can hold. `warnings`: what the user should know before it starts.
     """
 
     device: Device | None
     format: str
     engine: str
+    delegates: tuple[str, ...]
     scheme: str
     recipe: Recipe
     decisions: dict[str, Decision]
@@ -79,6 +101,7 @@ class Plan:
             "device": self.device.id if self.device else None,
             "format": self.format,
             "engine": self.engine,
+            "delegates": list(self.delegates),
             "scheme": self.scheme,
             "recipe": self.recipe.model_dump(mode="json"),
             "context": self.context,
@@ -109,25 +132,25 @@ def make_plan(
     algorithm: str = "rtn",
     context: int | None = None,
     recipe: Recipe | None = None,
+    format: str | None = None,
+    delegate: str | None = None,
 ) -> Plan:
     """Decide what is not given, and refuse what cannot be.
 
     `device`: a name, model code or chip that `profiles.find` knows; None plans for this computer, without a
-    memory budget. `context` in tokens.
+    memory budget. `context` in tokens. `delegate`: what an ExecuTorch program computes on, beside the CPU that it
+    falls back to.
 
     Raises:
         PlanRefused: the model does not fit the device's app memory as asked (the message says what would), or
             the context is not one that the model can have, or the engine cannot run its attention.
         RecipeError: no such scheme or algorithm, or a recipe that does not fit the model.
-        UsageError: a recipe together with a scheme or an algorithm.
+        UsageError: a recipe together with a scheme or an algorithm; no such format or delegate.
         UnknownDevice, AmbiguousDevice: see `profiles.find`.
     """
     target = profiles.find(device) if device is not None else None
-    if arch.head_dim % HEAD_MULTIPLE:
-        raise PlanRefused(
-            f"the model's attention heads have {arch.head_dim} dimensions, and {ENGINE}'s GroupQueryAttention takes "
-            f"multiples of {HEAD_MULTIPLE} on the CPU: no other format is exported yet, so this model cannot be"
-        )
+    form, why_format = _format(arch, format, delegate)
+    delegates = _delegates(form, delegate)
     if recipe and (scheme or algorithm != "rtn"):
         raise UsageError("a recipe says scheme and algorithm itself: give a recipe, or those two")
     if context is not None and not SHORTEST <= context <= arch.context:
@@ -143,11 +166,45 @@ def make_plan(
         size = "small" if arch.parameters < SMALL_MODEL else "large"
         offered = {Recipe.uniform(name, algorithm): why for name, why in _SCHEMES[size].items()}
     contexts = (context,) if context else _contexts(arch)
-    chosen = _choose(arch, target, offered, contexts)
+    chosen = _choose(arch, target, form, offered, contexts)
     if chosen is None:
         assert target, "without a device everything fits"
-        raise PlanRefused(_refusal(arch, target, next(iter(offered)), contexts, context))
-    return _plan(arch, target, chosen, offered[chosen.recipe], asked=context is not None)
+        raise PlanRefused(_refusal(arch, target, form, next(iter(offered)), contexts, context))
+    asked = context is not None
+    return _plan(arch, target, form, delegates, chosen, why_format, offered[chosen.recipe], asked)
+
+
+def _format(arch: Architecture, asked: str | None, delegate: str | None) -> tuple[Format, str]:
+    """The format and why: the one asked for, else ONNX unless it cannot hold the model or has no such delegate."""
+    fits = arch.head_dim % HEAD_MULTIPLE == 0
+    hindrance = (
+        f"the model's attention heads have {arch.head_dim} dimensions, and onnxruntime's GroupQueryAttention takes "
+        f"multiples of {HEAD_MULTIPLE} on the CPU"
+    )
+    if asked is not None:
+        form = find_format(asked)
+        if form.name == "onnx" and not fits:
+            raise PlanRefused(f"{hindrance}: export it with --format executorch")
+        return form, _FORMATS[form.name]
+    if delegate is not None:
+        return FORMATS["executorch"], f"the one that has delegates; {_FORMATS['executorch']}"
+    if not fits:
+        return FORMATS["executorch"], f"{hindrance}; {_FORMATS['executorch']}"
+    return FORMATS["onnx"], _FORMATS["onnx"]
+
+
+def _delegates(form: Format, asked: str | None) -> tuple[str, ...]:
+    """What an ExecuTorch program computes on: a variant for each, the CPU's last."""
+    if form.name != "executorch":
+        if asked is not None:
+            raise UsageError(f"format {form.name} has no delegates: give --format executorch with --delegate")
+        return ()
+    if asked is None or asked == XNNPACK:
+        return (XNNPACK,)
+    if asked not in _DELEGATES:
+        known = ", ".join((XNNPACK, *_DELEGATES))
+        raise UsageError(f"there is no delegate {asked!r}: use one of {known}")
+    return (asked, XNNPACK)
 
 
 @dataclass(frozen=True)
@@ -159,7 +216,11 @@ class _Candidate:
 
 
 def _choose(
-    arch: Architecture, device: Device | None, recipes: Iterable[Recipe], contexts: tuple[int, ...]
+    arch: Architecture,
+    device: Device | None,
+    form: Format,
+    recipes: Iterable[Recipe],
+    contexts: tuple[int, ...],
 ) -> _Candidate | None:
     """The recipe and the context (of `contexts`, descending) to plan with; None if nothing fits.
 
@@ -169,7 +230,7 @@ def _choose(
     budget = memory_budget(device)
     longest, shortest = contexts[0], contexts[-1]
     roomy = max(shortest, min(ROOMY, longest))
-    ladders = [_ladder(arch, device, recipe, contexts) for recipe in recipes]
+    ladders = [_ladder(arch, device, form, recipe, contexts) for recipe in recipes]
     for share, least, most in ((TIGHT, roomy, longest), (1, roomy, roomy), (1, shortest, roomy)):
         for ladder in ladders:
             for step in ladder:
@@ -181,14 +242,16 @@ def _choose(
 
 
 def _ladder(
-    arch: Architecture, device: Device | None, recipe: Recipe, contexts: Iterable[int]
+    arch: Architecture, device: Device | None, form: Format, recipe: Recipe, contexts: Iterable[int]
 ) -> list[_Candidate]:
     """One candidate for each context."""
-    decisions = recipe.resolve(arch)
+    decisions = recipe.resolve(arch, form.fit)
     decoder = _decoder(arch, decisions)
     bandwidth = device.soc.bandwidth_bytes_per_s if device else None
     return [
-        _Candidate(recipe, decisions, context, predict(decoder, context, engine=ENGINE, bandwidth=bandwidth))
+        _Candidate(
+            recipe, decisions, context, predict(decoder, context, engine=form.engine, bandwidth=bandwidth)
+        )
         for context in contexts
     ]
 
@@ -209,7 +272,8 @@ def _decoder(arch: Architecture, decisions: Mapping[str, Decision]) -> Decoder:
     weights = []
     for name, shape in arch.matrices():
         scheme = decisions[name].scheme
-        weights.append(Weight(shape, scheme.bits, scheme.group, name != "embedding" or arch.tied))
+        looked_up = name == "embedding"
+        weights.append(Weight(shape, scheme.bits, scheme.group, not looked_up or arch.tied, looked_up))
     return Decoder(
         weights=tuple(weights),
         vectors=sum(length for _, length in arch.vectors()),
@@ -228,11 +292,16 @@ def _decoder(arch: Architecture, decisions: Mapping[str, Decision]) -> Decoder:
 
 
 def _refusal(
-    arch: Architecture, device: Device, recipe: Recipe, contexts: tuple[int, ...], context: int | None
+    arch: Architecture,
+    device: Device,
+    form: Format,
+    recipe: Recipe,
+    contexts: tuple[int, ...],
+    context: int | None,
 ) -> str:
     """Why nothing fits, and what would: less context, another scheme, or else a smaller model."""
     budget = memory_budget(device) or 0
-    needed = _ladder(arch, device, recipe, contexts[-1:])[0]
+    needed = _ladder(arch, device, form, recipe, contexts[-1:])[0]
     found = (
         f"the model ({_count(arch.parameters)} parameters) at {recipe.name} with a context of {needed.context} tokens "
         f"needs {_gb(needed.prediction.memory.value)}, but on {device.name} it may use {_gb(budget)} "
@@ -244,18 +313,20 @@ def _refusal(
 
     def fitting(other: Recipe) -> list[_Candidate]:
         return [
-            step for step in _ladder(arch, device, other, every) if step.prediction.memory.value <= budget
+            step
+            for step in _ladder(arch, device, form, other, every)
+            if step.prediction.memory.value <= budget
         ]
 
     same = fitting(recipe)
-    others = [steps[0] for name in BY_QUALITY if (steps := fitting(Recipe.uniform(name)))]
+    others = [steps[0] for name in form.schemes if (steps := fitting(Recipe.uniform(name)))]
     offers = same[:1] + [step for step in others if step.context >= wanted][:1]
     if not offers:
         offers = others[:1]
     if offers:
         listed = " or ".join(f"{step.recipe.name} with up to {step.context} tokens" for step in offers)
         return f"{found}: {listed} fits"
-    least = _ladder(arch, device, Recipe.uniform(BY_QUALITY[-1]), every[-1:])[0]
+    least = _ladder(arch, device, form, Recipe.uniform(form.schemes[-1]), every[-1:])[0]
     size = int(arch.parameters * budget / least.prediction.memory.value)
     return (
         f"{found}: no scheme makes it fit ({least.recipe.name} with {least.context} tokens needs "
@@ -271,14 +342,24 @@ def _without_sources(reason: str) -> str:
 # explaining
 
 
-def _plan(arch: Architecture, device: Device | None, chosen: _Candidate, why: str, asked: bool) -> Plan:
+def _plan(
+    arch: Architecture,
+    device: Device | None,
+    form: Format,
+    delegates: tuple[str, ...],
+    chosen: _Candidate,
+    why_format: str,
+    why: str,
+    asked: bool,
+) -> Plan:
     prediction, budget = chosen.prediction, memory_budget(device)
     choices = [
-        _format_choice(),
-        _backend(device),
+        Choice(topic="format", value=form.name, reason=why_format),
+        _backend(device, form, delegates),
+        *_npu(arch, device, form, chosen.context),
         Choice(topic="scheme", value=chosen.recipe.name, reason=why),
         *_deviations(chosen.recipe, chosen.decisions),
-        _activations(chosen.decisions),
+        _activations(form, chosen.decisions),
         _context(arch, device, chosen, asked),
         Choice(
             topic="entry points",
@@ -312,8 +393,9 @@ def _plan(arch: Architecture, device: Device | None, chosen: _Candidate, why: st
             )
     return Plan(
         device=device,
-        format=FORMAT,
-        engine=ENGINE,
+        format=form.name,
+        engine=form.engine,
+        delegates=delegates,
         scheme=chosen.recipe.name,
         recipe=chosen.recipe,
         decisions=chosen.decisions,
@@ -325,19 +407,22 @@ def _plan(arch: Architecture, device: Device | None, chosen: _Candidate, why: st
     )
 
 
-def _format_choice() -> Choice:
-    return Choice(
-        topic="format",
-        value="onnx",
-        reason="one file for Android, iOS, Linux, macOS and Windows; ONNX Runtime maps its weights from the file and "
-        "multiplies by the integers as they are stored",
-    )
-
-
-def _backend(device: Device | None) -> Choice:
+def _backend(device: Device | None, form: Format, delegates: tuple[str, ...]) -> Choice:
+    cpu = _CPU[form.name]
+    if delegates and delegates[0] != XNNPACK:
+        why = f"as asked for, with a variant for the {cpu} to fall back to; neither was run on a phone here"
+        return Choice(topic="backend", value=_DELEGATES[delegates[0]], reason=why)
     npu = device.soc.npu if device else None
     why = _BACKENDS[npu.kind].format(npu=npu.name) if npu else "runs on every phone and computer"
-    return Choice(topic="backend", value="CPU (ONNX Runtime)", reason=why)
+    return Choice(topic="backend", value=cpu, reason=why)
+
+
+def _npu(arch: Architecture, device: Device | None, form: Format, context: int) -> Iterator[Choice]:
+    """What Samsung's compiler would take of the model, where the phone has an Exynos chip."""
+    if device and device.soc.npu and device.soc.npu.kind == "exynos" and form.name == "executorch":
+        from exporter.npu import exynos
+
+        yield exynos.route(device, arch, context=context)
 
 
 def _deviations(recipe: Recipe, decisions: Mapping[str, Decision]) -> Iterator[Choice]:
@@ -356,13 +441,10 @@ def _deviations(recipe: Recipe, decisions: Mapping[str, Decision]) -> Iterator[C
         )
 
 
-def _activations(decisions: Mapping[str, Decision]) -> Choice:
+def _activations(form: Format, decisions: Mapping[str, Decision]) -> Choice:
     kinds = sorted({decision.scheme.activations for decision in decisions.values()}, reverse=True)
-    return Choice(
-        topic="activations",
-        value=" and ".join(kinds),
-        reason="; ".join(_ACTIVATIONS[kind] for kind in kinds),
-    )
+    reasons = [_ACTIVATIONS[kind].format(scale=_ROUNDED[form.name]) for kind in kinds]
+    return Choice(topic="activations", value=" and ".join(kinds), reason="; ".join(reasons))
 
 
 def _context(arch: Architecture, device: Device | None, chosen: _Candidate, asked: bool) -> Choice:

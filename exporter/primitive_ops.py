@@ -161,7 +161,9 @@ class PrimitiveOps(ABC, Generic[V]):
         q = self.reshape(q, [1, REST, arch.kv_heads, shared, arch.head_dim])
         q = self.scale(self.transpose(q, [0, 2, 3, 1, 4]), arch.attention_scale)
         keys = self.reshape(self.transpose(keys, [0, 2, 3, 1]), [1, arch.kv_heads, 1, arch.head_dim, REST])
-        values = self.reshape(self.transpose(values, [0, 2, 1, 3]), [1, arch.kv_heads, 1, REST, arch.head_dim])
+        values = self.reshape(
+            self.transpose(values, [0, 2, 1, 3]), [1, arch.kv_heads, 1, REST, arch.head_dim]
+        )
         scores = self.matmul(q, keys)
         if arch.attention_softcap:
             scores = self.softcap(scores, arch.attention_softcap)

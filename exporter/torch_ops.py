@@ -146,7 +146,10 @@ def round_by_token(x: Tensor, group: int | None) -> Tensor:
     return (((x * scale).round() + zero).clamp(-128, 127) - zero) / scale
 
 
-ROUNDINGS = {"onnxruntime": round_by_group, "executorch": round_by_token}  # how each engine rounds activations
+ROUNDINGS = {
+    "onnxruntime": round_by_group,
+    "executorch": round_by_token,
+}  # how each engine rounds activations
 
 
 def _rows(matrix: QuantizedTensor, start: int, stop: int) -> Tensor:

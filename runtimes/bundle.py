@@ -123,20 +123,32 @@ class KVCache(Strict):
 
 
 class Residency(Strict):
-    """Which share of the model ran on `accelerator`; `elsewhere` lists the op types that did not."""
+    """Which share of the model ran on `accelerator`; `elsewhere` lists the op types that did not.
+
+    `elsewhere_ops`: how many of each. `macs`: multiply-adds for one token; `weight_bytes`: weights as stored.
+    """
 
     accelerator: str
     ops: int
     ops_on: int
     elsewhere: tuple[str, ...] = ()
+    elsewhere_ops: tuple[int, ...] = ()
+    macs: int = 0
+    macs_on: int = 0
+    weight_bytes: int = 0
+    weight_bytes_on: int = 0
 
 
 class Variant(Strict):
-    """One way to run the model. `chips` are the chip ids it was made for; empty means any CPU."""
+    """One way to run the model. `chips` are the chip ids it was made for; empty means any.
+
+    `delegate`: what computes for the engine, where it hands that on (xnnpack, vulkan, coreml, ...).
+    """
 
     name: str
     format: str
     engine: str
+    delegate: str = ""
     chips: tuple[str, ...] = ()
     scheme: str
     context: int  # tokens that the graph can hold

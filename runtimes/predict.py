@@ -22,13 +22,14 @@ CONVERSATION = 512  # tokens in the KV cache for which decoding is predicted
 class Weight:
     """A weight matrix of `shape` (outputs, inputs) as it is stored; `group`: inputs that share a float32 scale.
 
-    `multiplied`: a product reads all of it for each token; otherwise it is only looked up, row by row.
+    `multiplied`: a product reads all of it for each token; `looked_up`: it is read row by row, as an embedding.
     """
 
     shape: tuple[int, int]
     bits: int
     group: int | None
     multiplied: bool = True
+    looked_up: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -42,13 +43,6 @@ class Weight:
         count = outputs * inputs
         scales = 0 if self.bits > 8 else outputs * (inputs // self.group if self.group else 1) * FLOAT
         return {"data": count * self.bits // 8, "scales": scales, "floats": count * FLOAT}
-
-    def blocks(self) -> Iterator[int]:
-        """Bytes of each block in the file."""
-        sizes = self.sizes()
-        yield sizes["data"]
-        if sizes["scales"]:
-            yield sizes["scales"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +133,8 @@ def predict(
 
 def _file(decoder: Decoder, costs: dict[str, Any], context: int) -> Estimate:
     table = context * (decoder.rotary // 2) * FLOAT
-    blocks = [table, table, *(size for weight in decoder.weights for size in weight.blocks())]
+    blocks = [table] * costs["rope_tables"]
+    blocks += [size for weight in decoder.weights for size in _stored(weight, costs)]
     end, paged, alignment = 0, costs["paged_bytes"], costs["alignment"]
     for size in blocks:
         end += -end % alignment[size >= paged] + size
@@ -150,6 +145,17 @@ def _file(decoder: Decoder, costs: dict[str, Any], context: int) -> Estimate:
         end + decoder.vectors * FLOAT + graph,
         "weights with their scales, norms and biases, the tables of the rotary embedding, the graph",
     )
+
+
+def _stored(weight: Weight, costs: dict[str, Any]) -> Iterator[int]:
+    """Bytes of each block of a weight in the file: integers, and scales for products and for looking up."""
+    sizes = weight.sizes()
+    yield sizes["data"]
+    if sizes["scales"]:
+        if weight.multiplied:
+            yield int(sizes["scales"] * costs["stored_scales"][weight.kind])
+        if weight.looked_up and not (weight.multiplied and costs["tied_scales"] == "once"):
+            yield sizes["scales"]
 
 
 def _memory(decoder: Decoder, costs: dict[str, Any], context: int) -> Estimate:

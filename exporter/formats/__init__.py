@@ -1,9 +1,9 @@
 """The formats that a bundle's variants can have, and what each takes; nothing heavy is imported here."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from exporter.errors import RecipeError, UsageError
+from exporter.quantization.recipe import Fit
 from exporter.quantization.scheme import Scheme
 
 
@@ -17,7 +17,7 @@ class Format:
     extra: str
     libraries: tuple[str, ...]
     schemes: tuple[str, ...]
-    fit: Callable[[Scheme], tuple[Scheme, str]]
+    fit: Fit
 
 
 def _any(scheme: Scheme) -> tuple[Scheme, str]:

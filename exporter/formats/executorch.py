@@ -12,6 +12,7 @@ Inputs, outputs and constant methods are what its LLM runner asks for (extension
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,13 @@ from numpy.typing import NDArray
 from exporter.architecture import Architecture
 from exporter.decoder import decoder
 from exporter.formats.executorch_method import Method, constant_method
-from exporter.formats.pte import Blob, Layout, PteWriter, rename_data
-from exporter.formats.xnnpack import BACKEND, XnnGraph
+from exporter.formats.executorch_pte import Blob, Layout, PteWriter, rename_data
+from exporter.formats.executorch_xnnpack import BACKEND, XnnGraph
 from exporter.primitive_ops import REST, PrimitiveOps, shape_after
 from exporter.quantization.tensor import QuantizedTensor
 from exporter.quantization.weights import Weights
-from runtimes.bundle import EntryPoint, KVCache, TensorSpec
+from exporter.residency import Tally
+from runtimes.bundle import EntryPoint, KVCache, Residency, TensorSpec
 
 PROGRAM = "model.pte"
 METHOD = "forward"
@@ -64,6 +66,7 @@ class XnnpackOps(PrimitiveOps[Value]):
         self.method, self.layout = Method(METHOD), Layout()
         self.graphs: list[XnnGraph] = []
         self.matrices: set[str] = set()  # names of those that are stored
+        self._tally, self._means = Tally(), set[int]()  # and the sizes that a mean was taken of
         self._open: XnnGraph | None = None  # the delegate that is being built
         self._shapes = dict(arch.matrices())
         self._table = 0  # data_buffer_idx of the embedding's integers
@@ -72,9 +75,9 @@ class XnnpackOps(PrimitiveOps[Value]):
         method, chunk = self.method, self.chunk
         self.tokens = Value((1, chunk), tensor=method.input(ScalarType.LONG, (1, chunk)))
         start = method.input(ScalarType.LONG, (1,))
-        self._position, self._end, length = method.int(0), method.int(0), method.int(0)
+        self._position, self._end, length = method.whole(0), method.whole(0), method.whole(0)
         method.kernel("aten::_local_scalar_dense", "", [start, self._position])
-        method.kernel("aten::sym_size", "int", [self._tensor(self.tokens), method.int(1), length])
+        method.kernel("aten::sym_size", "int", [self._tensor(self.tokens), method.whole(1), length])
         method.kernel("executorch_prim::add", "Scalar", [self._position, length, self._end])
         self._room = method.tensor((1,))  # what update_cache returns, which means nothing
         self._rope_tables()  # all that is taken from tables comes first: a kernel ends the delegate before it
@@ -95,8 +98,14 @@ class XnnpackOps(PrimitiveOps[Value]):
         if not scheme.is_integer:
             self._table = self.layout.constant(Blob(4 * rows * columns, weight=weight, part="data"))
             table = method.constant(ScalarType.FLOAT, (rows, columns), self._table)
-            no = method.bool(False)
-            self._kernel("aten::embedding", "out", [table, self._held(tokens), method.int(-1), no, no], out)
+            no = method.truth(False)
+            self._kernel(
+                "aten::embedding",
+                "out",
+                [table, self._held(tokens), method.whole(-1), no, no],
+                out,
+                weight_bytes=4 * rows * columns,
+            )
             return out
         width, groups = columns * scheme.bits // 8, columns // scheme.group if scheme.group else 1
         part, kind, name = {
@@ -110,12 +119,13 @@ class XnnpackOps(PrimitiveOps[Value]):
             method.constant(kind, (rows, width), self._table),
             method.constant(ScalarType.FLOAT, (rows, groups), scales),
             method.none(),  # zero points
-            method.int(-half),
-            method.int(half - 1),
+            method.whole(-half),
+            method.whole(half - 1),
             self._held(tokens),
-            method.int(int(ScalarType.FLOAT)),
+            method.whole(int(ScalarType.FLOAT)),
         ]
-        self._kernel(f"quantized_decomposed::{name}", "dtype_out", arguments, out)
+        size = rows * (width + 4 * groups)
+        self._kernel(f"quantized_decomposed::{name}", "dtype_out", arguments, out, weight_bytes=size)
         return out
 
     def linear(self, x: Value, weight: str) -> Value:
@@ -128,11 +138,14 @@ class XnnpackOps(PrimitiveOps[Value]):
         key = _unread(weight)
         size = shape[0] * shape[1] * scheme.bits // 8
         self.layout.named(key, self._table if tied else Blob(size, weight=weight, part="data"))
+        stored = 0 if tied else size
         if scheme.is_integer:
             number = graph.rounded(number)
             count = shape[0] * (shape[1] // scheme.group if scheme.group else 1)
             part, width = ("scales", 2) if scheme.group else ("float scales", 4)
             self.layout.named(key + ".scales", Blob(count * width, weight=weight, part=part))
+            stored += count * width
+        self._tally.add("aten::linear", True, shape[0] * shape[1], stored)
         bias = None
         if self.arch.has_bias(weight):
             bias = self._number(self.constant(f"{weight}.bias", self.weights.vector(f"{weight}.bias")))
@@ -143,7 +156,7 @@ class XnnpackOps(PrimitiveOps[Value]):
         if x.shape[1] == 1:
             return x
         out, method = Value((x.shape[0], 1, *x.shape[2:])), self.method
-        arguments = [self._held(x), method.int(1), method.int(-1), method.int(_ALL), method.int(1)]
+        arguments = [self._held(x), method.whole(1), method.whole(-1), method.whole(_ALL), method.whole(1)]
         self._kernel("aten::slice_copy", "Tensor_out", arguments, out)
         return out
 
@@ -159,22 +172,25 @@ class XnnpackOps(PrimitiveOps[Value]):
         for new, cache in zip((k, v), caches, strict=True):
             arguments = [self._held(new), self._tensor(cache), self._position, self._room, self._room]
             method.kernel("llama::update_cache", "out", arguments)
+            self._tally.add("llama::update_cache", False)
         masked = 0 < arch.windows[layer] < self.context
         if masked or arch.attention_softcap:
             caches = [self._seen(cache) for cache in caches]
         if arch.attention_softcap:
-            out = self.capped_attention(q, *caches, layer)
+            keys, values = caches
+            out = self.capped_attention(q, keys, values, layer)
         else:
             out = Value(q.shape)
             arguments = [
                 *(self._held(value) for value in (q, *caches)),
                 self._position,
                 self._held(self.mask(arch.windows[layer])) if masked else method.none(),
-                method.float(0.0),  # dropout
-                method.bool(not masked),  # causal
-                method.float(arch.attention_scale),
+                method.real(0.0),  # dropout
+                method.truth(not masked),  # causal
+                method.real(arch.attention_scale),
             ]
-            self._kernel("llama::custom_sdpa", "out", arguments, out)
+            macs = 2 * arch.heads * arch.head_dim * self.context  # of a token at the context's end
+            self._kernel("llama::custom_sdpa", "out", arguments, out, macs)
         if layer == arch.layers - 1:
             out = self.last(out)
         return self.reshape(out, [1, REST, arch.heads * arch.head_dim])
@@ -211,15 +227,20 @@ class XnnpackOps(PrimitiveOps[Value]):
         size = x.shape[-1]
         share = self.constant(f"mean.{size}", np.full((1, size), 1 / size, np.float32))
         number, graph, out = self._number(x), self._graph(), (*x.shape[:-1], 1)
+        self._tally.add("aten::linear", True, size, 4 * size if size not in self._means else 0)
+        self._means.add(size)
         return Value(out, graph, graph.linear(number, self._number(share), None, out))
 
     def matmul(self, x: Value, y: Value) -> Value:
-        batch = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-        return self._binary(xnn.XNNBatchMatrixMultiply, x, y, (*batch, x.shape[-2], y.shape[-1]))
+        shape = (*np.broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1])
+        return self._binary(
+            xnn.XNNBatchMatrixMultiply, x, y, shape, math.prod(shape) * x.shape[-1] // self.chunk
+        )
 
     def concat(self, values: Sequence[Value]) -> Value:
         shape = (*values[0].shape[:-1], sum(value.shape[-1] for value in values))
         numbers, graph = [self._number(value) for value in values], self._graph()
+        self._tally.add("aten::cat", True)
         return Value(shape, graph, graph.concat(numbers, shape))
 
     def slice(self, x: Value, start: int, stop: int) -> Value:
@@ -247,7 +268,9 @@ class XnnpackOps(PrimitiveOps[Value]):
 
     def _positions(self, of: str) -> Value:
         """`positions`, in one dimension."""
-        start, most = (self._position, self.chunk) if of == "queries" else (self.method.int(0), self.context)
+        start, most = (
+            (self._position, self.chunk) if of == "queries" else (self.method.whole(0), self.context)
+        )
         return self._rows(of, np.arange(self.context, dtype=np.float32), start, most)
 
     def _rows(self, name: str, table: NDArray[np.float32], start: int, most: int) -> Value:
@@ -257,14 +280,14 @@ class XnnpackOps(PrimitiveOps[Value]):
             buffer = self.layout.constant(Blob(table.nbytes, values=table))
             method = self.method
             constant = method.constant(ScalarType.FLOAT, table.shape, buffer)
-            arguments = [constant, method.int(0), start, self._end, method.int(1)]
+            arguments = [constant, method.whole(0), start, self._end, method.whole(1)]
             self._kernel("aten::slice_copy", "Tensor_out", arguments, out)
         return self._taken[name]
 
     def _seen(self, cache: Value) -> Value:
         """The rows of a cache that are written."""
         out, method = Value(cache.shape), self.method
-        arguments = [self._tensor(cache), method.int(1), method.int(0), self._end, method.int(1)]
+        arguments = [self._tensor(cache), method.whole(1), method.whole(0), self._end, method.whole(1)]
         self._kernel("aten::slice_copy", "Tensor_out", arguments, out)
         return out
 
@@ -276,9 +299,7 @@ class XnnpackOps(PrimitiveOps[Value]):
         """
         size = x.shape[-1]
         pairs = self.reshape(x, [1, REST, size // 2, 2])
-        return self.reshape(
-            self.concat([self.slice(pairs, 1, 2), self.slice(pairs, 0, 1)]), [1, REST, size]
-        )
+        return self.reshape(self.concat([self.slice(pairs, 1, 2), self.slice(pairs, 0, 1)]), [1, REST, size])
 
     # where values are
 
@@ -311,19 +332,36 @@ class XnnpackOps(PrimitiveOps[Value]):
         self._open = None
         return self._tensor(x)
 
-    def _kernel(self, name: str, overload: str, arguments: list[int], out: Value) -> None:
+    def _kernel(
+        self,
+        name: str,
+        overload: str,
+        arguments: list[int],
+        out: Value,
+        macs: int = 0,
+        weight_bytes: int = 0,
+    ) -> None:
         self._open = None
         result = self._tensor(out)
         self.method.kernel(name, overload, [*arguments, result, result])
+        self._tally.add(name, False, macs, weight_bytes)
 
     def _node(self, kind: Any, x: Value, shape: tuple[int, ...], **attributes: Any) -> Value:
         number, graph = self._number(x), self._graph()
+        self._tally.add(f"xnnpack::{kind.__name__}", True)
         return Value(shape, graph, graph.unary(kind, number, shape, **attributes))
 
-    def _binary(self, kind: Any, x: Value, y: Value, shape: tuple[int, ...] | None = None) -> Value:
+    def _binary(
+        self, kind: Any, x: Value, y: Value, shape: tuple[int, ...] | None = None, macs: int = 0
+    ) -> Value:
         shape = shape or np.broadcast_shapes(x.shape, y.shape)
         a, b, graph = self._number(x), self._number(y), self._graph()
+        self._tally.add(f"xnnpack::{kind.__name__}", True, macs)
         return Value(shape, graph, graph.binary(kind, a, b, shape))
+
+    def residency(self) -> Residency:
+        """What XNNPACK computes of one token at the context's end; kernels of ExecuTorch compute the rest."""
+        return self._tally.residency("xnnpack")
 
 
 def write_executorch(
@@ -333,8 +371,8 @@ def write_executorch(
     folder: Path,
     methods: Mapping[str, int | bool | Sequence[int]],
     name: str = PROGRAM,
-) -> EntryPoint:
-    """Write the program into `folder`; returns its one entry point.
+) -> tuple[EntryPoint, Residency]:
+    """Write the program into `folder`; returns its one entry point, and what XNNPACK computes of it.
 
     `methods`: what constant methods return. Memory is bounded by the largest weight (quantized) and the
     program without weights, time by reading the checkpoint once.
@@ -369,7 +407,7 @@ def write_executorch(
             graph.rename(names)
             writer.write(offset, np.frombuffer(graph.serialize(), np.uint8))
         writer.finish(program)
-    return _entry_point(arch, ops.chunk, name)
+    return _entry_point(arch, ops.chunk, name), ops.residency()
 
 
 def kv_cache(arch: Architecture) -> KVCache:

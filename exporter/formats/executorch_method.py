@@ -50,15 +50,15 @@ class Method:
         """An argument that is not given."""
         return self._add(schema.Null())
 
-    def int(self, value: int) -> int:
+    def whole(self, value: int) -> int:
         """A whole number; an instruction may overwrite it."""
         return self._add(schema.Int(value))
 
-    def float(self, value: float) -> int:
+    def real(self, value: float) -> int:
         """A float."""
         return self._add(schema.Double(value))
 
-    def bool(self, value: bool) -> int:
+    def truth(self, value: bool) -> int:
         """A truth value."""
         return self._add(schema.Bool(value))
 

@@ -1,6 +1,7 @@
 """Which tensor gets which scheme: ordered rules over canonical names, the first that matches wins."""
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,6 +13,8 @@ from exporter.architecture import Architecture
 from exporter.errors import RecipeError
 from exporter.quantization.algorithms import find_algorithm
 from exporter.quantization.scheme import Scheme, fit_scheme, parse_scheme
+
+Fit = Callable[[Scheme], tuple[Scheme, str]]
 
 
 class Rule(BaseModel):
@@ -38,10 +41,11 @@ class Recipe(BaseModel):
         """One scheme for every weight matrix."""
         return cls(name=scheme, rules=(Rule(match="*", scheme=scheme, algorithm=algorithm),))
 
-    def resolve(self, arch: Architecture) -> dict[str, "Decision"]:
+    def resolve(self, arch: Architecture, fit: Fit = lambda scheme: (scheme, "")) -> dict[str, "Decision"]:
         """What each weight matrix of `arch` becomes; RecipeError if a rule or a tensor is left over.
 
-        A tied head is the embedding: rules for `head` are then not missed.
+        `fit`: the nearest scheme that the format takes, and why it differs. A tied head is the embedding: rules
+        for `head` are then not missed.
         """
         decisions: dict[str, Decision] = {}
         used = {rule for rule in self.rules if rule.match == "head"}
@@ -52,6 +56,8 @@ class Recipe(BaseModel):
             used.add(rule)
             find_algorithm(rule.algorithm)
             scheme, note = fit_scheme(parse_scheme(rule.scheme), inputs)
+            scheme, why = fit(scheme)
+            note = "; ".join(filter(None, (note, why)))
             decisions[name] = Decision(scheme, rule.algorithm, note or rule.reason)
         if idle := [rule.match for rule in self.rules if rule not in used]:
             raise RecipeError(

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint
 from exporter.errors import RecipeError
 from exporter.quantization.algorithms import find_algorithm
@@ -102,3 +103,23 @@ class QuantizedWeights:
 
         self._reports[name] = threads().submit(report)
         return values
+
+
+class FloatWeights:
+    """What other weights stand for, in float32, cut to the matrices and rows that `arch` has."""
+
+    def __init__(self, weights: Weights, arch: Architecture) -> None:
+        self._weights, self._shapes = weights, dict(arch.matrices())
+
+    def scheme(self, name: str) -> Scheme:
+        """Float32."""
+        return Scheme(32)
+
+    def matrix(self, name: str) -> QuantizedTensor:
+        """A weight matrix, dequantized."""
+        shape = self._shapes[name]
+        return QuantizedTensor(name, Scheme(32), shape, self._weights.matrix(name).dequantize(0, shape[0]))
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A norm's weight or a bias."""
+        return self._weights.vector(name)

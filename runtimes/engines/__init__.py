@@ -66,7 +66,11 @@ class _Entry:
     extra: str  # which extra brings it
 
 
-ENGINES = {"onnxruntime": _Entry(library="onnxruntime", extra="run")}
+ENGINES = {
+    "onnxruntime": _Entry(library="onnxruntime", extra="run"),
+    "executorch": _Entry(library="executorch", extra="executorch"),
+}
+_HERE = ("", "xnnpack")  # delegates that compute on the CPU
 
 
 def choose_variant(bundle: Bundle, name: str | None = None) -> tuple[Variant, Choice]:
@@ -96,6 +100,11 @@ def choose_variant(bundle: Bundle, name: str | None = None) -> tuple[Variant, Ch
     raise next((h for _, h in hindrances if isinstance(h, MissingExtra)), hindrances[0][1])
 
 
+def runs_here(variant: Variant) -> bool:
+    """Whether this machine is one that the variant was made for, whatever is installed on it."""
+    return not variant.chips and variant.delegate in _HERE
+
+
 def _hindrance(variant: Variant) -> BundleError | MissingExtra | None:
     """Why the variant cannot run on this machine, or None if it can."""
     if variant.chips:
@@ -108,6 +117,11 @@ def _hindrance(variant: Variant) -> BundleError | MissingExtra | None:
         return BundleError(
             f"variant {variant.name} needs the engine {variant.engine}, which this machine does not have; "
             f"the engines here are {', '.join(ENGINES)}"
+        )
+    if variant.delegate not in _HERE:
+        return BundleError(
+            f"variant {variant.name} computes through {variant.delegate}, which this machine's {variant.engine} does "
+            "not have; run it on a phone, or take a variant for the CPU"
         )
     if importlib.util.find_spec(entry.library) is None:
         return MissingExtra(

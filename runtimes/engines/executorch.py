@@ -61,10 +61,14 @@ class ExecuTorchEngine:
             with _stderr(said):
                 runtime._unsafe_reset_threadpool(threads)
                 self._program: Any = runtime._load_program(
-                    str(path), enable_etdump=trace, program_verification=runtime.Verification.InternalConsistency
+                    str(path),
+                    enable_etdump=trace,
+                    program_verification=runtime.Verification.InternalConsistency,
                 )
                 self._chunk = int(self._program.load_method("get_max_seq_len").call()[0])
-                self._method: Any = self._program.load_method(METHOD)  # weights are packed now, not at the first run
+                self._method: Any = self._program.load_method(
+                    METHOD
+                )  # weights are packed now, not at the first run
         except RuntimeError as error:
             raise EngineError(
                 f"ExecuTorch cannot load {path.name} ({_reason(error, said)}); export the bundle again"
@@ -149,7 +153,7 @@ def import_runtime() -> Any:
         warnings.simplefilter("ignore")
         for name in _KERNELS:
             importlib.import_module(name)
-        runtime = importlib.import_module("executorch.extension.pybindings._portable_lib")
+        runtime = importlib.import_module("executorch.extension.pybindings.portable_lib")
     if "XnnpackBackend" not in runtime._get_registered_backend_names():
         raise BundleError("this build of ExecuTorch has no XNNPACK backend; install the one from PyPI")
     return runtime

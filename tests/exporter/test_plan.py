@@ -390,7 +390,53 @@ def test_a_plan_fits_and_a_refusal_offers_what_fits(
     assert (plan.prediction.memory.value > 0.8 * budget) == any("tight" in w for w in plan.warnings)
 
 
-def test_heads_that_the_engine_cannot_run_are_refused() -> None:
+def test_heads_that_onnxruntime_cannot_run_go_to_executorch() -> None:
     arch = architecture("Llama-3.2-1B", head_dim=40)
-    with pytest.raises(PlanRefused, match="multiples of 16"):
-        make_plan(arch)
+    with pytest.raises(PlanRefused, match="multiples of 16.*--format executorch"):
+        make_plan(arch, format="onnx")
+    plan = make_plan(arch)
+    assert (plan.format, plan.engine, plan.delegates) == ("executorch", "executorch", ("xnnpack",))
+    assert "multiples of 16" in choice(plan, "format").reason
+
+
+def test_executorch_gets_the_schemes_that_xnnpack_multiplies_by() -> None:
+    plan = make_plan(architecture("small"), format="executorch")
+    assert plan.scheme == "int8"
+    assert {decision.scheme.name for decision in plan.decisions.values()} == {"int8-channel"}
+    assert "one scale for each output" in choice(plan, "tensors").reason
+    with pytest.raises(RecipeError, match="fp16"):
+        make_plan(architecture("small"), format="executorch", scheme="fp16")
+
+
+def test_a_delegate_comes_with_a_variant_for_the_cpu() -> None:
+    plan = make_plan(architecture("small"), delegate="vulkan", device="Pixel 9")
+    assert (plan.format, plan.delegates) == ("executorch", ("vulkan", "xnnpack"))
+    assert "fall back" in choice(plan, "backend").reason
+
+
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [
+        ({"format": "tflite"}, "no format 'tflite'"),
+        ({"format": "executorch", "delegate": "cuda"}, "no delegate 'cuda'"),
+        ({"format": "onnx", "delegate": "vulkan"}, "has no delegates"),
+    ],
+)
+def test_formats_and_delegates_that_are_not_there(wishes: dict[str, str], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        make_plan(architecture("small"), **wishes)
+
+
+@pytest.mark.parametrize(
+    ("device", "value", "words"),
+    [
+        ("galaxy-s26-exynos", "possible: ENN for E9965", "EXYNOS_AI_LITECORE_ROOT"),
+        ("Galaxy Z Flip7", "possible: ENN for E9955", "100%"),
+        ("galaxy-s24-exynos", "not used", "Vulkan"),
+        ("Galaxy S25 FE", "not used", "Exynos 2400"),
+    ],
+)
+def test_an_exynos_phone_is_told_what_its_npu_would_take(device: str, value: str, words: str) -> None:
+    plan = make_plan(architecture("small"), format="executorch", device=device)
+    assert choice(plan, "npu").value == value
+    assert words in choice(plan, "npu").reason

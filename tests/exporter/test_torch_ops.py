@@ -14,7 +14,7 @@ from exporter.architecture import Rope
 from exporter.checkpoint import open_checkpoint
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.weights import QuantizedWeights
-from exporter.torch_ops import TorchOps, round_activations
+from exporter.torch_ops import TorchOps, round_by_group
 
 BOUND = 1e-4  # of the logits' range
 
@@ -196,7 +196,7 @@ def test_longrope_tables_short_and_long():
 def test_rounded_activations_are_int8_with_one_scale_per_group():
     x = torch.randn(2, 3, 70, generator=torch.Generator().manual_seed(1))
     x[0, 0, :32] = 0
-    y = round_activations(x, 32)
+    y = round_by_group(x, 32)
     assert y.shape == x.shape
     for token, rounded in zip(x.reshape(-1, 70).numpy(), y.reshape(-1, 70).numpy(), strict=True):
         for start in (0, 32, 64):

@@ -121,9 +121,7 @@ class XnnGraph:
         y = self.value(shape)
         unused = dict.fromkeys(("input3_id", "input4_id", "input5_id"), XNN_INVALID_VALUE_ID)
         axis = len(shape) - 1
-        self.node(
-            schema.XNNConcatenate2, axis=axis, input1_id=first, input2_id=second, output_id=y, **unused
-        )
+        self.node(schema.XNNConcatenate2, axis=axis, input1_id=first, input2_id=second, output_id=y, **unused)
         return y
 
     def node(self, kind: Any, **arguments: Any) -> None:

@@ -115,7 +115,7 @@ class PteWriter:
         self._segments = size
         self._program_size = len(_program_bytes(program, 0, size))
         self._base = _aligned(self._program_size)
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115: closed by __exit__
+        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115
 
     def __enter__(self) -> "PteWriter":
         return self
@@ -148,7 +148,9 @@ class PteReader:
         try:
             self.program = _flatbuffer_program._flatbuffer_to_program(data)
         except (ValueError, TypeError, IndexError, KeyError, AttributeError, RecursionError) as error:
-            raise BundleError(f"{path} holds no program that can be read ({error}); export it again") from None
+            raise BundleError(
+                f"{path} holds no program that can be read ({error}); export it again"
+            ) from None
         self._named = {data.key: data.segment_index for data in self.program.named_data or ()}
 
     def names(self) -> Iterator[str]:
@@ -159,6 +161,10 @@ class PteReader:
         """The data under a name."""
         place = self.program.segments[self._named[key]]
         return self._read(place.offset, place.size, kind)
+
+    def size(self, key: str) -> int:
+        """Bytes of the data under a name."""
+        return self.program.segments[self._named[key]].size
 
     def constant(self, index: int, size: int, kind: Any = np.uint8) -> NDArray[Any]:
         """`size` bytes of the constant tensor whose data_buffer_idx is `index`."""
