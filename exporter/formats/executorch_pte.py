@@ -5,6 +5,7 @@ quantizer to their place in the file. Layout (pytorch/executorch: schema/program
 flatbuffer with an extended header behind its magic, then the segments.
 """
 
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,16 @@ from runtimes.errors import BundleError
 from runtimes.pte import read_header
 
 _ALIGNMENT = 128  # bytes; executorch's own choice for segments
+# What the flatbuffer's generated classes raise on bytes that are none.
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    struct.error,
+)
 _HEADER = 32  # bytes of the extended header: a multiple of what the flatbuffer aligns to
 
 
@@ -147,7 +158,7 @@ class PteReader:
             data = file.read(self._header.program_size)
         try:
             self.program = _flatbuffer_program._flatbuffer_to_program(data)
-        except (ValueError, TypeError, IndexError, KeyError, AttributeError, RecursionError) as error:
+        except _UNREADABLE as error:
             raise BundleError(
                 f"{path} holds no program that can be read ({error}); export it again"
             ) from None
