@@ -22,7 +22,17 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: xdist's workers
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-_SHOWN = ("numpy", "torch", "onnx", "onnxruntime", "onnxruntime-genai", "transformers", "tokenizers")
+_SHOWN = (
+    "numpy",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "executorch",
+    "coremltools",
+    "transformers",
+    "tokenizers",
+)
 
 VOCAB = 512
 BOS, EOS, PAD, END = "<s>", "</s>", "<pad>", "<end>"
@@ -259,18 +269,24 @@ def tiny_names() -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def bundles(checkpoints: TinyCheckpoints, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """`bundles(name, scheme, context)`: a tiny checkpoint (or "pepper") exported, without the gate, once a session."""
+    """`bundles(name, scheme, context, format)`: a tiny checkpoint (or "pepper") exported, without the gate, once a
+    session."""
     from exporter import export
 
-    made: dict[tuple[str, str, int], Any] = {}
+    made: dict[tuple[str, str, int, str], Any] = {}
     root = tmp_path_factory.mktemp("bundles")
 
-    def bundle(name: str, scheme: str = "int4", context: int = 128) -> Any:
-        key = (name, scheme, context)
+    def bundle(name: str, scheme: str = "int4", context: int = 128, format: str = "onnx") -> Any:
+        key = (name, scheme, context, format)
         if key not in made:
             source = checkpoints.folder(name) if name in TINY else name
             made[key] = export(
-                source, root / "-".join(map(str, key)), scheme=scheme, context=context, verify=False
+                source,
+                root / "-".join(map(str, key)),
+                scheme=scheme,
+                context=context,
+                format=format,
+                verify=False,
             )
         return made[key]
 

@@ -64,11 +64,12 @@ class Engine(Protocol):
 class _Entry:
     library: str  # what must be importable
     extra: str  # which extra brings it
+    fragile: bool = False  # a damaged file may end the process, so its bytes are checked first
 
 
 ENGINES = {
     "onnxruntime": _Entry(library="onnxruntime", extra="run"),
-    "executorch": _Entry(library="executorch", extra="executorch"),
+    "executorch": _Entry(library="executorch", extra="executorch", fragile=True),
 }
 _HERE = ("", "xnnpack")  # delegates that compute on the CPU
 

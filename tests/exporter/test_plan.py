@@ -392,7 +392,7 @@ def test_a_plan_fits_and_a_refusal_offers_what_fits(
 
 def test_heads_that_onnxruntime_cannot_run_go_to_executorch() -> None:
     arch = architecture("Llama-3.2-1B", head_dim=40)
-    with pytest.raises(PlanRefused, match="multiples of 16.*--format executorch"):
+    with pytest.raises(PlanRefused, match=r"multiples of 16.*--format executorch"):
         make_plan(arch, format="onnx")
     plan = make_plan(arch)
     assert (plan.format, plan.engine, plan.delegates) == ("executorch", "executorch", ("xnnpack",))
