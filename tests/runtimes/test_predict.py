@@ -38,7 +38,7 @@ def decoder(
         (ffn, hidden),
         (hidden, ffn),
     ]
-    matrices = [Weight((vocab, hidden), bits, group, multiplied=tied)]
+    matrices = [Weight((vocab, hidden), bits, group, multiplied=tied, looked_up=True)]
     matrices += [Weight(shape, bits, group) for shape in layer * layers]
     matrices += [] if tied else [Weight((vocab, hidden), bits, group)]
     vectors = (2 * layers + 1) * hidden
@@ -82,6 +82,44 @@ def test_peak_memory_is_what_was_measured(model: Decoder, context: int, measured
     assert memory.low is not None
     assert memory.high is not None
     assert memory.low < measured * MIB < memory.high
+
+
+@pytest.mark.parametrize(
+    ("model", "context", "measured"),
+    [
+        pytest.param(qwen(8, 4, 32), 2048, 200.8, id="int4"),
+        pytest.param(qwen(8, 8, None), 2048, 308.3, id="int8-channel"),
+        pytest.param(qwen(3, 32, None), 2048, 739.2, id="fp32"),
+        pytest.param(LLAMA_4_LAYERS, 1024, 370.5, id="llama"),
+        pytest.param(LLAMA_4_LAYERS, 4096, 418.6, id="llama-4096"),
+        pytest.param(PHI_4_LAYERS, 2048, 593.1, id="untied"),
+        pytest.param(CAPPED, 1024, 180.6, id="softcap"),
+        pytest.param(CAPPED, 4096, 283.5, id="softcap-4096"),
+    ],
+)
+def test_peak_memory_of_executorch_is_what_was_measured(
+    model: Decoder, context: int, measured: float
+) -> None:
+    """The same of executorch 1.4.1 with XNNPACK, after a prompt that fills the context."""
+    memory = predict(model, context, engine="executorch").memory
+    assert memory.value / MIB == pytest.approx(measured, rel=0.06)
+    assert memory.low is not None
+    assert memory.high is not None
+    assert memory.low < measured * MIB < memory.high
+
+
+@pytest.mark.parametrize(
+    ("model", "context", "written"),
+    [
+        pytest.param(qwen(8, 4, 32), 2048, 161927936, id="int4"),
+        pytest.param(qwen(8, 8, None), 2048, 258273280, id="int8-channel"),
+        pytest.param(qwen(3, 32, None), 2048, 724575616, id="fp32"),
+        pytest.param(LLAMA_4_LAYERS, 4096, 319650560, id="llama-4096"),
+        pytest.param(PHI_4_LAYERS, 2048, 373516288, id="untied"),
+    ],
+)
+def test_the_size_of_a_program_is_what_was_written(model: Decoder, context: int, written: int) -> None:
+    assert predict(model, context, engine="executorch").file.value == pytest.approx(written, rel=0.002)
 
 
 @pytest.mark.parametrize(
