@@ -1,4 +1,4 @@
-"""Generate greedily with one runtime, on command: what decode_onnx.py measures, a process for each.
+"""Generate greedily with one runtime, on command: what the benchmarks of generation measure, a process for each.
 
 Two runtimes in one process would disturb each other: idle threads of a pool spin. A process that waits for
 its next command is quiet, so several can be loaded at once and run in turns. Each line on standard input is
@@ -7,7 +7,10 @@ answered with the seconds that it took: `prefill` (the prompt, to the first toke
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -88,7 +91,71 @@ class Gochu:
         return perf_counter() - start
 
 
-RUNTIMES: dict[str, type[Genai] | type[Gochu]] = {"genai": Genai, "gochu": Gochu}
+class ExecuTorchRunner:
+    """ExecuTorch's TextLLMRunner, on a folder with model.pte and tokenizer.json.
+
+    It takes text, so its prompt is a character that is a token of its own, repeated. It goes on where it ended:
+    `decode` gives it one token to begin with, which costs what a step costs. Its callback for text is not used:
+    it fails on a part of a UTF-8 character.
+    """
+
+    TOKEN = "#"
+
+    def __init__(self, folder: Path, threads: int, context: int) -> None:
+        from runtimes.engines.executorch import import_runtime
+
+        runtime = import_runtime()  # registers the kernels
+        from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+        with _quiet():
+            runtime._unsafe_reset_threadpool(threads)  # the one that all programs of a process share
+            self._runner = TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
+        self._config: Any = GenerationConfig
+
+    def prefill(self, prompt: list[int]) -> float:
+        self._runner.reset()
+        return self._generate(len(prompt), 1)
+
+    def decode(self, tokens: int) -> float:
+        return self._generate(1, tokens)
+
+    def _generate(self, given: int, new: int) -> float:
+        config = self._config(echo=False, max_new_tokens=new, temperature=0)
+        found: list[Any] = []
+        with _quiet():  # it prints what it generates
+            start = perf_counter()
+            self._runner.generate(self.TOKEN * given, config, None, found.append)
+            seconds = perf_counter() - start
+        stats = found[-1]
+        if (stats.num_prompt_tokens, stats.num_generated_tokens) != (
+            given,
+            new - 1,
+        ):  # the first is not counted
+            raise SystemExit(f"ExecuTorch's runner did something else than it was told: {stats}")
+        return seconds
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what is written to standard output and error, by native code too."""
+    kept = [os.dup(number) for number in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nowhere, number)
+    try:
+        yield
+    finally:
+        for number, file in zip((1, 2), kept, strict=True):
+            os.dup2(file, number)
+        for file in (nowhere, *kept):
+            os.close(file)
+
+
+RUNTIMES: dict[str, type[Genai] | type[Gochu] | type[ExecuTorchRunner]] = {
+    "genai": Genai,
+    "gochu": Gochu,
+    "executorch-runner": ExecuTorchRunner,
+}
 
 
 def main() -> None:

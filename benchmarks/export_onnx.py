@@ -10,7 +10,7 @@ import argparse
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,11 +34,18 @@ LARGE_MEMORY = 1.0 * GIGABYTE
 PHI3_DISK = 2.1 * GIGABYTE
 
 
-def gochu(checkpoint: Path | str, output: Path, scheme: str = "int4", algorithm: str = "rtn") -> Run:
-    """Export with Gochu, anew."""
+def gochu(
+    checkpoint: Path | str,
+    output: Path,
+    scheme: str = "int4",
+    algorithm: str = "rtn",
+    more: Sequence[str] = (),
+) -> Run:
+    """Export with Gochu, anew; `more`: further options."""
     shutil.rmtree(output, ignore_errors=True)
-    options = ["--scheme", scheme, "--algorithm", algorithm, "--no-verify", "-o", str(output), "--json"]
-    return run_or_stop([sys.executable, "-m", "exporter.cli", "export", str(checkpoint), *options], OFFLINE)
+    command = [sys.executable, "-m", "exporter.cli", "export", str(checkpoint), "-o", str(output)]
+    options = ["--scheme", scheme, "--algorithm", algorithm, "--no-verify", "--json", *more]
+    return run_or_stop([*command, *options], OFFLINE)
 
 
 def builder(checkpoint: Path, output: Path) -> Run:
@@ -62,12 +69,19 @@ def compare(work: Path, shape: str, repeats: int) -> dict[str, dict[str, float]]
         OURS: lambda out: gochu(checkpoint, out, algorithm="rtn-absmax"),
         SEARCH: lambda out: gochu(checkpoint, out),
     }
+    return in_turns(ways, dict.fromkeys(ways, work / "out"), repeats)
+
+
+def in_turns(
+    ways: Mapping[str, Callable[[Path], Run]], folders: Mapping[str, Path], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Export in each way into its folder, so many times; medians."""
     runs: dict[str, list[Run]] = {name: [] for name in ways}
     sizes = {}
     for _ in range(repeats):
         for name, way in ways.items():
-            runs[name].append(way(work / "out"))
-            sizes[name] = size(work / "out")
+            runs[name].append(way(folders[name]))
+            sizes[name] = size(folders[name])
     return {name: summary(runs[name], sizes[name]) for name in ways}
 
 

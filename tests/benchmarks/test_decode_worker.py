@@ -1,48 +1,53 @@
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
 from decode_onnx import SLICES, Case, bounds, measure, summary
 from export_onnx import gochu, size
-from random_checkpoint import CONFIGS, write_checkpoint
+
+NEEDS = {"genai": "onnxruntime_genai", "gochu": "onnxruntime", "executorch-runner": "executorch"}
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A tiny random checkpoint, exported as the benchmarks do it."""
-    pytest.importorskip("onnx")
+def exported(tiny_checkpoint, tmp_path_factory):
+    """The tiny checkpoint, exported as the benchmarks do it into the format that this function is told."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    config = CONFIGS["Qwen2.5-0.5B"] | {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-        "bos_token_id": 500,
-        "eos_token_id": 501,
-    }
-    run = gochu(write_checkpoint(folder / "checkpoint", config), folder / "out")
-    manifest = (folder / "out" / "manifest.json").stat().st_size  # lists the other files, not itself
-    assert json.loads(run.stdout)["bytes"] + manifest == size(folder / "out")
-    return folder / "out"
+
+    @cache
+    def export(format):
+        pytest.importorskip(format)
+        out = folder / format
+        run = gochu(tiny_checkpoint, out, more=("--format", format))
+        manifest = (out / "manifest.json").stat().st_size  # lists the other files, not itself
+        assert json.loads(run.stdout)["bytes"] + manifest == size(out)
+        return out
+
+    return export
 
 
-@pytest.mark.parametrize("runtime", ["genai", "gochu"])
-def test_each_runtime_times_the_bundle_without_changing_it(exported, runtime):
-    pytest.importorskip("onnxruntime")
-    if runtime == "genai":
-        pytest.importorskip("onnxruntime_genai")
-    before = {path: path.stat().st_mtime_ns for path in exported.rglob("*")}
-    found = measure(
-        [Case("tiny", runtime, exported, vocabulary=500, prompt=20, new=8)], threads=1, launches=2, rounds=3
-    )
+@pytest.mark.parametrize(
+    ("runtime", "format", "launches"),  # to load executorch takes seconds
+    [
+        ("genai", "onnx", 2),
+        ("gochu", "onnx", 2),
+        ("gochu", "executorch", 1),
+        ("executorch-runner", "executorch", 1),
+    ],
+)
+def test_each_runtime_times_the_bundle_without_changing_it(exported, runtime, format, launches, capfd):
+    pytest.importorskip(NEEDS[runtime])
+    folder = exported(format)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    case = Case("tiny", runtime, folder, vocabulary=500, prompt=20, new=SLICES * 10)
+    found = measure([case], threads=1, launches=launches, rounds=3)
     assert {phase: len(rates) for phase, rates in found["tiny"].items()} == {
-        "prefill": 6,
-        "decode": 6 * SLICES,
+        "prefill": 3 * launches,
+        "decode": 3 * launches * SLICES,
     }
     assert all(1 < rate < 1e6 for rates in found["tiny"].values() for rate in rates)
-    assert before == {path: path.stat().st_mtime_ns for path in exported.rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert capfd.readouterr().out == ""
 
 
 def test_a_runtime_that_cannot_load_ends_the_benchmark(tmp_path, capfd):
