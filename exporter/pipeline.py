@@ -15,7 +15,7 @@ from exporter.gate import verify as run_gate
 from exporter.plan import XNNPACK, Plan, make_plan
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.weights import QuantizedWeights
-from exporter.staging import Staging, discard, staging, write_whole
+from exporter.staging import Staging, discard, files_in, staging, write_whole
 from exporter.tokenizer import TextSide, read_text_side
 from runtimes import extras
 from runtimes.bundle import (
@@ -112,7 +112,7 @@ def _write_variant(
     """Quantize and write the variant for a delegate (or of the format); its manifest entries as JSON."""
     arch, done = source.architecture, 0
     delegate = part if plan.delegates else ""
-    before = {path.name for path in folder.iterdir()}
+    before = files_in(folder)
 
     def advance(name: str, count: int) -> None:
         nonlocal done
@@ -132,7 +132,7 @@ def _write_variant(
         last_logits_only=plan.last_logits_only,
         entry_points=(entry,),
         kv_cache=cache,
-        files=tuple(sorted({path.name for path in folder.iterdir()} - before)),
+        files=tuple(sorted(files_in(folder) - before)),
         residency=residency,
         toolchain=_toolchain("numpy", "tokenizers", *tools),
     )

@@ -61,12 +61,14 @@ class Staging:
         return saved["steps"] if saved.get("fingerprint") == self._fingerprint else {}
 
     def _files(self) -> set[str]:
-        kept = {_PROGRESS, _LOCK, MANIFEST}
-        return {path.name for path in self.folder.iterdir() if path.name not in kept}
+        return files_in(self.folder) - {_PROGRESS, _LOCK, MANIFEST}
 
     def _remove(self, names: set[str]) -> None:
         for name in names:
             (self.folder / name).unlink()
+        for folder in sorted((path for path in self.folder.rglob("*") if path.is_dir()), reverse=True):
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     def _entry(self, name: str) -> FileEntry:
         path = self.folder / name
@@ -107,6 +109,11 @@ def staging(output: Path, fingerprint: Any, force: bool = False) -> Iterator[Sta
             f"{output} could not be written ({error.strerror or error}): free space or choose another folder; "
             "a rerun goes on where this stopped"
         ) from None
+
+
+def files_in(folder: Path) -> set[str]:
+    """Paths of all files below a folder, as a manifest writes them."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def discard(stage: Staging) -> None:

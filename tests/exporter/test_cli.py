@@ -40,6 +40,38 @@ def test_export(said, tmp_path):
     assert sorted(tmp_path.iterdir()) == [out]
 
 
+def test_export_to_executorch(said, gochu, tmp_path):
+    out = tmp_path / "out"
+    found = said("export", "pepper", "--format", "executorch", "--device", "SM-S921N", "-o", out)
+    assert [variant["name"] for variant in found["variants"]] == ["executorch-xnnpack-int8"]
+    assert {check["name"] for check in found["gate"]["checks"]} >= {
+        "residency",
+        "integers",
+        "graph",
+        "tokens",
+    }
+    answer = said("run", out, "--prompt", "삼백이십을 숫자로 쓰면?")
+    assert (answer["text"], answer["finish_reason"]) == ("320", "stop")
+    assert said("score", out, "--questions", 20)["overall"]["right"] >= 18
+    (measured,) = said("bench", out, "--workload", "smoke")
+    assert measured["where"]["engine"].startswith("executorch ")
+    code, _, err = gochu("inspect", out)
+    assert (code, "executorch-xnnpack-int8" in err) == (0, True)
+
+
+def test_a_missing_library_is_said_before_work(gochu, tmp_path, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "executorch" else find(name, *rest)
+    )
+    code, out, err = gochu("export", "pepper", "--format", "executorch", "-o", tmp_path / "out")
+    assert (code, out) == (5, "")
+    assert err == "gochu: executorch is not installed; install it with `pip install 'gochu[executorch]'`\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_export_for_people(gochu, tmp_path):
     """Tables go to standard error: standard output stays free."""
     code, out, err = gochu(

@@ -102,6 +102,27 @@ def test_a_rerun_does_damaged_steps_again(tmp_path, damage):
     assert contents(out) == {"a": b"1", "b": b"2"}
 
 
+def test_files_in_folders_are_kept_and_removed_with_them(tmp_path):
+    def nested(at: Path) -> None:
+        (at / "m.mlpackage" / "Data").mkdir(parents=True)
+        (at / "m.mlpackage" / "Data" / "w").write_text("1", encoding="utf-8")
+
+    def broken(at: Path) -> None:
+        (at / "n.mlpackage").mkdir()
+        (at / "n.mlpackage" / "half").write_text("2", encoding="utf-8")
+        raise Crash
+
+    out = tmp_path / "out"
+    with pytest.raises(Crash), staging(out, 1) as stage:
+        stage.step("one", nested)
+        stage.step("two", broken)
+    assert not (tmp_path / ".out.partial" / "n.mlpackage").exists()
+    with staging(out, 1) as stage:
+        stage.step("one", never)
+        assert [entry.path for entry in stage.entries()] == ["m.mlpackage/Data/w"]
+    assert (out / "m.mlpackage" / "Data" / "w").read_text(encoding="utf-8") == "1"
+
+
 def test_another_export_takes_nothing_up(tmp_path):
     out = tmp_path / "out"
     crash_after_one(out, fingerprint={"scheme": "int8"})
