@@ -156,6 +156,7 @@ def _weights(bundle: Bundle, variant: Variant) -> "Weights":
         from exporter.formats.onnx_weights import OnnxWeights
 
         return OnnxWeights(path)
+    extras.require("executorch.exir", "executorch")
     from exporter.formats.executorch_weights import ExecuTorchWeights
 
     return ExecuTorchWeights(path, read_architecture(read_json(bundle.file("config.json"), required=True)))

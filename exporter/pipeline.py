@@ -159,6 +159,7 @@ def _write_onnx(
 def _write_executorch(
     arch: Architecture, weights: QuantizedWeights, plan: Plan, delegate: str, text: TextSide, folder: Path
 ) -> Written:
+    extras.require("executorch.exir", "executorch")  # here, where nobody sees what it says
     from exporter.formats.executorch import CHUNK, kv_cache, write_executorch
     from exporter.formats.executorch_runner import runner_methods
 

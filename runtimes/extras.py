@@ -5,15 +5,18 @@ import importlib.util
 from types import ModuleType
 
 from runtimes.errors import MissingExtra
+from runtimes.quiet import quiet
 
 
 def require(module: str, extra: str) -> ModuleType:
     """Import `module`, which `pip install 'gochu[extra]'` brings; MissingExtra if it is not installed.
 
-    An installed module that fails to import for a reason of its own raises that reason, not MissingExtra.
+    An installed module that fails to import for a reason of its own raises that reason, not MissingExtra. What it
+    says while it is imported is kept off the screen.
     """
     try:
-        return importlib.import_module(module)
+        with quiet():
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         root = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != root:

@@ -113,9 +113,14 @@ def test_files_in_folders_are_kept_and_removed_with_them(tmp_path):
         raise Crash
 
     out = tmp_path / "out"
-    with pytest.raises(Crash), staging(out, 1) as stage:
-        stage.step("one", nested)
-        stage.step("two", broken)
+
+    def run() -> None:
+        with staging(out, 1) as stage:
+            stage.step("one", nested)
+            stage.step("two", broken)
+
+    with pytest.raises(Crash):
+        run()
     assert not (tmp_path / ".out.partial" / "n.mlpackage").exists()
     with staging(out, 1) as stage:
         stage.step("one", never)
