@@ -1,15 +1,19 @@
-"""Show measurements: a table for people, JSON for programs."""
+"""Show measurements and traces: a table for people, JSON for programs."""
 
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from runtimes.measurement import Figure, Measurement
+from runtimes.bundle import Strict
+from runtimes.measurement import Figure, Measurement, Place
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from runtimes.trace import Operator, Phase, Trace
+
+SMALL = 0.005  # operators with a smaller share of a phase are shown together
 _COLUMNS = {
     "load_time": "load",
     "ttft": "TTFT",
@@ -20,9 +24,9 @@ _COLUMNS = {
 }
 
 
-def to_json(measurements: Sequence[Measurement]) -> str:
-    """A JSON list of measurements, raw samples included."""
-    return json.dumps([m.model_dump(mode="json") for m in measurements], ensure_ascii=False, indent=2) + "\n"
+def to_json(found: Sequence[Strict]) -> str:
+    """A JSON list of measurements, raw samples included, or of traces."""
+    return json.dumps([each.model_dump(mode="json") for each in found], ensure_ascii=False, indent=2) + "\n"
 
 
 def table(measurements: Sequence[Measurement]) -> "Table":
@@ -54,31 +58,87 @@ def show(measurements: Sequence[Measurement], console: "Console | None" = None) 
             console.print(f"{m.how.prompt_tokens} → {m.how.new_tokens}: {note}")
 
 
+def phase_table(phase: "Phase") -> "Table":
+    """A line for each operator, the longest first: calls and time of one pass, the median call, the share."""
+    from rich.table import Table
+
+    grid = Table()
+    grid.add_column("operator")
+    for heading in ("calls", "time", "median call", "share"):
+        grid.add_column(heading, justify="right")
+    large = [each for each in phase.operators if abs(each.share) >= SMALL]
+    small = [each for each in phase.operators if abs(each.share) < SMALL]
+    for each in large:
+        grid.add_row(
+            each.name,
+            *_part(phase, [each]),
+            amount(each.median, "s") if each.median else "–",
+            f"{each.share:.1%}",
+        )
+    if small:
+        share = sum(each.share for each in small)
+        grid.add_row(f"{len(small)} others", *_part(phase, small), "", f"{share:.1%}")
+    return grid
+
+
+def show_traces(traces: "Sequence[Trace]", console: "Console | None" = None) -> None:
+    """Print a table for each phase, and the notes, on standard error unless another console is given."""
+    from rich.console import Console
+
+    console = console or Console(stderr=True)
+    for place in dict.fromkeys(where(trace.where) for trace in traces):
+        console.print(place, markup=False)
+    for trace in traces:
+        for phase in trace.phases:
+            length = f" of {phase.tokens} tokens" if phase.name == "prefill" else " of a token"
+            console.print(
+                f"\n{trace.what.model} {trace.what.variant}: {phase.name}{length}, {amount(phase.traced, 's')} "
+                f"({amount(phase.untraced, 's')} when not traced)",
+                markup=False,
+            )
+            console.print(phase_table(phase))
+            if phase.left_out:
+                console.print(
+                    f"{phase.passes} passes; {phase.left_out} more took over twice as long and do not count"
+                )
+    for note in dict.fromkeys(note for trace in traces for note in trace.notes):
+        console.print(note, markup=False)
+
+
+def _part(phase: "Phase", operators: "Sequence[Operator]") -> tuple[str, str]:
+    """Calls and time of some operators in one pass."""
+    calls = sum(each.calls for each in operators) / phase.passes
+    return f"{calls:.4g}", amount(sum(each.total for each in operators) / phase.passes, "s")
+
+
 def _title(measurements: Sequence[Measurement]) -> str:
-    places = {
-        f"{m.where.device}, {m.where.os}, {m.where.engine}, {m.where.threads} threads": None
-        for m in measurements
-    }
-    return "\n".join(places)
+    return "\n".join(dict.fromkeys(where(m.where) for m in measurements))
+
+
+def where(place: Place) -> str:
+    """A place in a line."""
+    return f"{place.device}, {place.os}, {place.engine}, {place.threads} thread{'s' if place.threads > 1 else ''}"
 
 
 def _cell(figure: Figure | None) -> str:
     if figure is None:
         return "–"
-    text = _amount(figure.value, figure.unit)
+    text = amount(figure.value, figure.unit)
     if len(figure.samples) > 1 and figure.p5 is not None and figure.p95 is not None:
         text += f" ±{(figure.p95 - figure.p5) / 2 / figure.value:.0%}"
     return text if figure.kind == "measured" else f"{text} {figure.kind}"
 
 
-def _amount(value: float, unit: str) -> str:
+def amount(value: float, unit: str) -> str:
     """A number as a person reads it: three digits, and a fitting unit.
 
-    >>> _amount(0.01234, "s"), _amount(123456789, "bytes"), _amount(8.5, "tokens/s"), _amount(1234.5, "tokens/s")
-    ('12.3 ms', '123 MB', '8.50', '1234')
+    >>> amount(0.01234, "s"), amount(1.5e-5, "s"), amount(123456789, "bytes"), amount(8.5, "tokens/s")
+    ('12.3 ms', '15 µs', '123 MB', '8.50')
     """
     if unit == "bytes":
         return f"{value / 1e6:.3g} MB" if value < 1e9 else f"{value / 1e9:.3g} GB"
     if unit == "s":
+        if abs(value) < 1e-3:
+            return f"{value * 1e6:.3g} µs"
         return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"

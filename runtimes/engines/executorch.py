@@ -8,29 +8,46 @@ position is forgetting a number. Threads are the process's: ExecuTorch has one p
 import importlib
 import importlib.metadata
 import os
+import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runtimes.bundle import Bundle, Choice, Variant
-from runtimes.errors import BundleError, EngineError, PromptError, UsageError
+from runtimes.errors import BundleError, EngineError, MissingExtra, PromptError, UsageError
 from runtimes.extras import require
 from runtimes.pte import read_header
 
 EXTRA = "executorch"
 METHOD = "forward"
+DELEGATE = "delegates beside their nodes"
+SCALARS = "scalars (positions)"  # operators on numbers, whose kernels have no name of their own
+CLOCK = (
+    "XNNPACK's profiler drops fractions of a microsecond: nodes shorter than that seem to take no time, and what they "
+    f"take stands under {DELEGATE}, with new shapes and memory"
+)
+_TICK = 1e-9  # seconds
+_NUMBER = re.compile(r" #\d+$")  # which of a delegate's nodes of that kind
+_CHATTER = ("cpuinfo", "threadpool")  # what it says whenever it loads a program
 # Modules that register the kernels that our programs call, when they are imported.
 _KERNELS = ("executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized")
 
 
 def load(
-    bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int, exact: bool = False
+    bundle: Bundle,
+    variant: Variant,
+    choice: Choice,
+    *,
+    context: int,
+    threads: int,
+    exact: bool = False,
+    trace: bool = False,
 ) -> "ExecuTorchEngine":
     """Open a variant made for ExecuTorch; BundleError or EngineError if its program is damaged."""
     if exact:
@@ -39,7 +56,8 @@ def load(
             "the gate writes a program with float weights for that"
         )
     path = bundle.file(variant.entry_points[0].file)
-    return ExecuTorchEngine(path, choice, context=context, vocab=bundle.manifest.model.vocab, threads=threads)
+    vocab = bundle.manifest.model.vocab
+    return ExecuTorchEngine(path, choice, context=context, vocab=vocab, threads=threads, trace=trace)
 
 
 class ExecuTorchEngine:
@@ -55,6 +73,7 @@ class ExecuTorchEngine:
         runtime = import_runtime()
         self.choice, self.context, self.vocab, self.threads = choice, context, vocab, threads
         self._position = 0
+        self.runs = 0  # of the program, since it was loaded
         self._name = path.name
         said: list[str] = []
         try:
@@ -68,7 +87,7 @@ class ExecuTorchEngine:
                 self._chunk = int(self._program.load_method("get_max_seq_len").call()[0])
                 self._method: Any = self._program.load_method(
                     METHOD
-                )  # weights are packed now, not at the first run
+                )  # packs weights now, not at the first run
         except RuntimeError as error:
             raise EngineError(
                 f"ExecuTorch cannot load {path.name} ({_reason(error, said)}); export the bundle again"
@@ -118,8 +137,17 @@ class ExecuTorchEngine:
         self._method = self._program = None
 
     def write_trace(self, path: Path) -> None:
-        """Save what the runtime noted since the program was loaded, as an ETDump."""
-        self._program.write_etdump_result_to_file(str(path))
+        """Save what the runtime noted since the program was loaded, as an ETDump; MissingExtra if it cannot note.
+
+        About 70 bytes for each operator that ran are held in memory until then.
+        """
+        with _stderr([]):  # a runtime without hooks says so there, and writes nothing
+            self._program.write_etdump_result_to_file(str(path))
+        if not path.exists():
+            raise MissingExtra(
+                f"{self.version} was built without event tracing, which its packages have from 1.5 on: "
+                f"install one with `pip install -U 'gochu[{EXTRA}]' 'executorch>=1.5'`"
+            )
 
     def _check_room(self, count: int) -> None:
         if self._method is None:
@@ -140,7 +168,42 @@ class ExecuTorchEngine:
                 "export the bundle again"
             ) from None
         self._position += count
+        self.runs += 1
         return logits.numpy()[0, -1].copy()
+
+
+def read_trace(path: Path) -> list[list[tuple[str, float]]]:
+    """What an ETDump says of each run of the program, in order: operators by name, with seconds.
+
+    A node of an XNNPACK delegate has the name that XNNPACK's profiler gives it; what else a delegate takes is
+    `DELEGATE`. Layout: devtools/etdump/etdump_schema_flatcc.fbs in pytorch/executorch.
+    """
+    with _stderr([]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        serialize = importlib.import_module("executorch.devtools.etdump.serialize")
+    dump = serialize.deserialize_from_etdump_flatcc(path.read_bytes())
+    runs = [_operators([e.profile_event for e in run.events if e.profile_event]) for run in dump.run_data]
+    return [run for run in runs if run]  # loading and constant methods call no operator
+
+
+def _operators(events: Sequence[Any]) -> list[tuple[str, float]]:
+    """The events of one run: a call's parts come before the call itself."""
+    found: list[tuple[str, float]] = []
+    parts: list[tuple[str, float]] = []
+    for event in events:
+        seconds = (event.end_time - event.start_time) * _TICK
+        if event.name == "DELEGATE_CALL":
+            found += parts
+            found.append((DELEGATE, max(0.0, seconds - sum(part for _, part in parts))))
+            parts = []
+        elif event.name == "OPERATOR_CALL":
+            found.append((parts[-1][0] if parts else SCALARS, seconds))
+            parts = []
+        elif event.delegate_debug_id_str:
+            parts.append((_NUMBER.sub("", event.delegate_debug_id_str), seconds))
+        elif event.instruction_id >= 0 and event.chain_index >= 0:
+            parts.append((event.name.removeprefix("native_call_").partition(".")[0], seconds))
+    return found
 
 
 def import_runtime() -> Any:
@@ -164,20 +227,20 @@ def _stderr(lines: list[str]) -> Iterator[None]:
     """Take what is written to standard error, by native code too; `lines` holds it when the block has ended."""
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
         os.dup2(file.fileno(), 2)
         try:
-            yield
+            with redirect_stderr(file):  # Python's own is another one in a notebook
+                yield
         finally:
-            sys.stderr.flush()
             os.dup2(kept, 2)
             os.close(kept)
             file.seek(0)
-            lines += file.read().decode("utf-8", errors="replace").splitlines()
+            lines += file.read().splitlines()
 
 
 def _reason(error: Exception, said: Sequence[str] = ()) -> str:
     """What ExecuTorch says, in one line."""
-    lines = [line.partition("] ")[2] or line for line in said if "cpuinfo" not in line]
+    lines = [line.partition("] ")[2] or line for line in said if not any(word in line for word in _CHATTER)]
     text = " ".join((lines[0] if lines else str(error)).split())
     return text if len(text) <= 200 else text[:200] + "..."

@@ -6,6 +6,9 @@ mask says how many rows count (https://github.com/microsoft/onnxruntime/blob/mai
 So nothing is copied from step to step, and going back to an earlier position is forgetting a number.
 """
 
+import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,18 +21,31 @@ from runtimes.extras import require
 
 CHUNK = 512  # tokens fed at once: bounds the activations of a long prompt
 LOGITS_LIMIT = 1 << 24  # values; a graph that returns logits of all tokens gets shorter chunks
+CLOCK = "ONNX Runtime's profiler counts whole microseconds"
 _FATAL = 4  # log severity: what goes wrong comes as an exception, not on the user's screen
 
 
 def load(
-    bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int, exact: bool = False
+    bundle: Bundle,
+    variant: Variant,
+    choice: Choice,
+    *,
+    context: int,
+    threads: int,
+    exact: bool = False,
+    trace: bool = False,
 ) -> "OnnxRuntimeEngine":
     """Open a variant made for ONNX Runtime; EngineError if its files are damaged."""
-    return OnnxRuntimeEngine(bundle, variant, choice, context=context, threads=threads, exact=exact)
+    return OnnxRuntimeEngine(
+        bundle, variant, choice, context=context, threads=threads, exact=exact, trace=trace
+    )
 
 
 class OnnxRuntimeEngine:
-    """The verbs of `runtimes.engines.Engine` over an ONNX Runtime session."""
+    """The verbs of `runtimes.engines.Engine` over an ONNX Runtime session.
+
+    `trace`: have the session note when each operator begins and ends; `write_trace` then saves it.
+    """
 
     def __init__(
         self,
@@ -40,6 +56,7 @@ class OnnxRuntimeEngine:
         context: int,
         threads: int,
         exact: bool = False,
+        trace: bool = False,
     ) -> None:
         ort = require("onnxruntime", "run")
         kv = variant.kv_cache
@@ -52,6 +69,7 @@ class OnnxRuntimeEngine:
         self.vocab = bundle.manifest.model.vocab
         self.threads = threads
         self._position = 0
+        self.runs = 0  # of the graph, since it was loaded
         self._version = f"onnxruntime {ort.__version__}"
         self._name = variant.name
 
@@ -61,6 +79,10 @@ class OnnxRuntimeEngine:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.enable_mem_pattern = False  # shapes change with each token; a plan for each would pile up
+        if trace:
+            self._notes = tempfile.TemporaryDirectory(prefix="gochu-trace-")
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(self._notes.name) / "trace")
         path = bundle.file(variant.entry_points[0].file)
         if exact:
             options.add_session_config_entry(
@@ -141,6 +163,13 @@ class OnnxRuntimeEngine:
         self._session = self._prefill = self._step = None
         self._cache.clear()
 
+    def write_trace(self, path: Path) -> None:
+        """Save what the session noted since it was made, as its profiler's JSON; it notes no more after that.
+
+        About 1 kB for each operator that ran is held in memory until then, for at most a million of them.
+        """
+        shutil.move(self._session.end_profiling(), path)
+
     def _binding(self) -> Any:
         """A binding with the KV cache in place; only tokens, mask and logits are left to bind."""
         binding = self._session.io_binding()
@@ -169,6 +198,27 @@ class OnnxRuntimeEngine:
                 "export the bundle again"
             ) from None
         self._position = total
+        self.runs += 1
+
+
+def read_trace(path: Path) -> list[list[tuple[str, float]]]:
+    """What a session's profile says of each run of the graph, in order: operators by type, with seconds.
+
+    Each event is a line; a run's own comes after its operators'.
+    """
+    runs: list[list[tuple[str, float]]] = []
+    operators: list[tuple[str, float]] = []
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            if len(text := line.strip().rstrip(",")) < 2:
+                continue  # a bracket
+            event = json.loads(text)
+            if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+                operators.append((event["args"]["op_name"], event["dur"] * 1e-6))
+            elif event["name"] == "model_run":
+                runs.append(operators)
+                operators = []
+    return runs
 
 
 def _float_activations(path: Path) -> bytes:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from runtimes import checksums, cpu, memory
 from runtimes.bundle import Bundle, Strict, Variant
 from runtimes.engines import ENGINES, Engine, choose_variant, open_engine, settle
-from runtimes.errors import EngineError, GochuError
+from runtimes.errors import EngineError, GochuError, MissingExtra
 from runtimes.extras import require
 from runtimes.measurement import Figure, Measurement, Method, Place, Subject, measured
 from runtimes.workload import Case, Workload, preset, prompt_ids
@@ -126,12 +126,15 @@ def _once(engine: Engine, ids: list[int], new_tokens: int) -> tuple[float, float
     return prefilled - start, first - start, perf_counter() - first
 
 
-def _spawn(job: Job) -> Samples:
-    """Run a job in a process of its own; EngineError if that fails."""
+def run_apart(module: str, job: Strict) -> str:
+    """What `python -m module` prints in a process of its own, with the job as JSON on its standard input.
+
+    Raises MissingExtra or EngineError with the process's own sentence if it fails.
+    """
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-m", "runtimes.targets.host"],
+        [sys.executable, "-m", module],
         input=job.model_dump_json(),
         capture_output=True,
         encoding="utf-8",
@@ -139,12 +142,11 @@ def _spawn(job: Job) -> Samples:
         check=False,
     )
     if done.returncode == 0:
-        try:
-            return Samples.model_validate_json(done.stdout)
-        except ValidationError:
-            raise EngineError(f"the measuring process printed no samples but {done.stdout[:200]!r}") from None
+        return done.stdout
     said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-    if done.returncode > 1:  # one of Gochu's own errors, and its sentence
+    if done.returncode == MissingExtra.exit_code:
+        raise MissingExtra(said)
+    if done.returncode > 1:  # another of Gochu's own errors, and its sentence
         raise EngineError(said)
     raise EngineError(
         f"the measuring process ended with code {done.returncode} and said: {said}; "
@@ -152,25 +154,44 @@ def _spawn(job: Job) -> Samples:
     )
 
 
+def subject(bundle: Bundle, variant: Variant) -> Subject:
+    """What is measured when this variant is."""
+    sizes = {entry.path: entry.size for entry in bundle.manifest.files}
+    return Subject(
+        model=bundle.manifest.model.name,
+        variant=variant.name,
+        format=variant.format,
+        scheme=variant.scheme,
+        bytes=sum(sizes[path] for path in variant.files),
+    )
+
+
+def place(engine: str, threads: int) -> Place:
+    """This machine; `engine`: name and version of the library."""
+    return Place(
+        target="host",
+        device=cpu.name(),
+        os=f"{platform.system()} {platform.release()} {platform.machine()}",
+        engine=engine,
+        threads=threads,
+    )
+
+
+def _spawn(job: Job) -> Samples:
+    """Run a job in a process of its own; EngineError if that fails."""
+    printed = run_apart("runtimes.targets.host", job)
+    try:
+        return Samples.model_validate_json(printed)
+    except ValidationError:
+        raise EngineError(f"the measuring process printed no samples but {printed[:200]!r}") from None
+
+
 def _measurement(
     bundle: Bundle, variant: Variant, workload: Workload, job: Job, note: str, samples: Samples
 ) -> Measurement:
-    sizes = {entry.path: entry.size for entry in bundle.manifest.files}
     return Measurement(
-        what=Subject(
-            model=bundle.manifest.model.name,
-            variant=variant.name,
-            format=variant.format,
-            scheme=variant.scheme,
-            bytes=sum(sizes[path] for path in variant.files),
-        ),
-        where=Place(
-            target="host",
-            device=cpu.name(),
-            os=f"{platform.system()} {platform.release()} {platform.machine()}",
-            engine=samples.engine,
-            threads=job.threads,
-        ),
+        what=subject(bundle, variant),
+        where=place(samples.engine, job.threads),
         how=Method(
             workload=workload.name,
             prompt_tokens=job.case.prompt_tokens,

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("executorch", reason="executorch is not installed")
 
-from runtimes.bundle import Bundle
+from runtimes.bundle import Bundle, Choice
 from runtimes.engines import open_engine
 from runtimes.engines.executorch import ExecuTorchEngine
 from runtimes.errors import BundleError, EngineError, PromptError, UsageError
@@ -186,3 +186,12 @@ def test_a_variant_for_a_gpu_is_passed_over(bundles):
     assert chosen.value == cpu.name
     assert "passed over gpu" in chosen.reason
     assert "vulkan" in chosen.reason
+
+
+def test_a_kernel_that_this_runtime_lacks_is_named(bundles, tmp_path):
+    program = bundles("qwen2", "fp32", 64, "executorch").path / "model.pte"
+    path = tmp_path / "model.pte"
+    path.write_bytes(program.read_bytes().replace(b"custom_sdpa", b"custom_sdpx"))
+    choice = Choice(topic="variant", value="cpu", reason="a test wants it")
+    with pytest.raises(EngineError, match=r"kernel 'llama::custom_sdpx\.out' not found"):
+        ExecuTorchEngine(path, choice, context=64, vocab=512, threads=1)
