@@ -324,9 +324,11 @@ def _report(model: "Model", generation: "Generation", as_json: bool) -> None:
 
 @app.command(
     help=_help(
-        "Measure a bundle on this machine: load time, TTFT, prefill and decode speed, peak memory.",
+        "Measure a bundle on this machine: load time, TTFT, prefill and decode speed, peak memory. Or trace it: the "
+        "time that each operator takes.",
         "gochu bench out/",
         "gochu bench out/ --workload standard --threads 4 --json",
+        "gochu bench out/ --trace --plot trace.png",
     )
 )
 def bench(
@@ -337,8 +339,20 @@ def bench(
     variant: VariantOption = None,
     threads: ThreadsOption = None,
     context: Annotated[int | None, typer.Option(help="Tokens the KV cache holds (default: all).")] = None,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Time by operator, in prefill and in decode, instead of the whole."),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the trace into this file, .png or .svg.", dir_okay=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
+    if trace:
+        _trace(bundle, workload, variant, threads, context, plot, as_json)
+        return
+    if plot is not None:
+        raise typer.BadParameter("draws a trace: give --trace with it", param_hint="--plot")
     from runtimes import report
     from runtimes.targets.host import measure
 
@@ -349,6 +363,32 @@ def bench(
     from exporter import console
 
     report.show(measurements, console.console)
+
+
+def _trace(
+    bundle: Path,
+    workload: str,
+    variant: str | None,
+    threads: int | None,
+    context: int | None,
+    file: Path | None,
+    as_json: bool,
+) -> None:
+    from exporter import console
+    from runtimes import plot, report
+    from runtimes.trace import trace_workload
+
+    if file is not None:
+        plot.check(file)  # before anything is run
+    traces = trace_workload(bundle, workload, threads, variant=variant, context=context)
+    if file is not None:
+        plot.plot(traces, file)
+    if as_json:
+        print(report.to_json(traces), end="")
+        return
+    report.show_traces(traces, console.console)
+    if file is not None:
+        console.console.print(f"drew {file}", markup=False)
 
 
 @app.command(

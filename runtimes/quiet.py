@@ -5,7 +5,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 
 @contextmanager
@@ -17,14 +17,18 @@ def quiet() -> Iterator[list[str]]:
     lines: list[str] = []
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as file, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file,
+        warnings.catch_warnings(),
+        redirect_stderr(file),  # Python's own is another one in a notebook
+    ):
         warnings.simplefilter("ignore")
         os.dup2(file.fileno(), 2)
         try:
             yield lines
         finally:
-            sys.stderr.flush()
+            file.flush()
             os.dup2(kept, 2)
             os.close(kept)
             file.seek(0)
-            lines += file.read().decode("utf-8", errors="replace").splitlines()
+            lines += file.read().splitlines()

@@ -7,13 +7,8 @@ position is forgetting a number. Threads are the process's: ExecuTorch has one p
 
 import importlib
 import importlib.metadata
-import os
 import re
-import sys
-import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +18,7 @@ from runtimes.bundle import Bundle, Choice, Variant
 from runtimes.errors import BundleError, EngineError, MissingExtra, PromptError, UsageError
 from runtimes.extras import require
 from runtimes.pte import read_header
+from runtimes.quiet import quiet
 
 EXTRA = "executorch"
 METHOD = "forward"
@@ -75,9 +71,8 @@ class ExecuTorchEngine:
         self._position = 0
         self.runs = 0  # of the program, since it was loaded
         self._name = path.name
-        said: list[str] = []
         try:
-            with _stderr(said):
+            with quiet() as said:
                 runtime._unsafe_reset_threadpool(threads)
                 self._program: Any = runtime._load_program(
                     str(path),
@@ -85,9 +80,7 @@ class ExecuTorchEngine:
                     program_verification=runtime.Verification.InternalConsistency,
                 )
                 self._chunk = int(self._program.load_method("get_max_seq_len").call()[0])
-                self._method: Any = self._program.load_method(
-                    METHOD
-                )  # packs weights now, not at the first run
+                self._method: Any = self._program.load_method(METHOD)  # packs weights
         except RuntimeError as error:
             raise EngineError(
                 f"ExecuTorch cannot load {path.name} ({_reason(error, said)}); export the bundle again"
@@ -141,7 +134,7 @@ class ExecuTorchEngine:
 
         About 70 bytes for each operator that ran are held in memory until then.
         """
-        with _stderr([]):  # a runtime without hooks says so there, and writes nothing
+        with quiet():  # a runtime without hooks says so there, and writes nothing
             self._program.write_etdump_result_to_file(str(path))
         if not path.exists():
             raise MissingExtra(
@@ -178,8 +171,7 @@ def read_trace(path: Path) -> list[list[tuple[str, float]]]:
     A node of an XNNPACK delegate has the name that XNNPACK's profiler gives it; what else a delegate takes is
     `DELEGATE`. Layout: devtools/etdump/etdump_schema_flatcc.fbs in pytorch/executorch.
     """
-    with _stderr([]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         serialize = importlib.import_module("executorch.devtools.etdump.serialize")
     dump = serialize.deserialize_from_etdump_flatcc(path.read_bytes())
     runs = [_operators([e.profile_event for e in run.events if e.profile_event]) for run in dump.run_data]
@@ -212,31 +204,13 @@ def import_runtime() -> Any:
     Importing it says much that is no news to a user; that is kept off the screen.
     """
     require("executorch", EXTRA)
-    with _stderr([]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         for name in _KERNELS:
             importlib.import_module(name)
         runtime = importlib.import_module("executorch.extension.pybindings.portable_lib")
     if "XnnpackBackend" not in runtime._get_registered_backend_names():
         raise BundleError("this build of ExecuTorch has no XNNPACK backend; install the one from PyPI")
     return runtime
-
-
-@contextmanager
-def _stderr(lines: list[str]) -> Iterator[None]:
-    """Take what is written to standard error, by native code too; `lines` holds it when the block has ended."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            with redirect_stderr(file):  # Python's own is another one in a notebook
-                yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            file.seek(0)
-            lines += file.read().splitlines()
 
 
 def _reason(error: Exception, said: Sequence[str] = ()) -> str:

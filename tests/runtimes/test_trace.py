@@ -427,3 +427,20 @@ def test_plots_that_cannot_be(invented: Trace, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"matplotlib is not installed.*gochu\[plot\]"):
         plot([invented], tmp_path / "trace.png")
+
+
+def test_the_command_line(gochu, onnx: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="draws")
+    picture = tmp_path / "trace.png"
+    code, out, err = gochu("bench", onnx, "--trace", "--threads", 1, "--plot", picture, "--json")
+    assert (code, err) == (0, "")
+    (found,) = [Trace.model_validate(each) for each in json.loads(out)]
+    assert [phase.name for phase in found.phases] == ["prefill", "decode"]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    code, out, err = gochu("bench", onnx, "--trace", "--threads", 1)
+    assert (code, out) == (0, "")
+    assert "MatMulNBits" in err
+    assert gochu("bench", onnx, "--plot", picture)[0] == 2
+    code, _, err = gochu("bench", onnx, "--trace", "--plot", tmp_path / "trace.gif")
+    assert code == 2
+    assert "neither .png nor .svg" in err
