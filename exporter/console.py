@@ -71,15 +71,16 @@ def show_plan(name: str, plan: "Plan") -> None:
 
 def show_gate(gate: "Gate") -> None:
     """The gate's report."""
-    if gate.status == "unverified":
+    if not gate.checks:
         console.print("gate: [yellow]unverified[/yellow] (exported with --no-verify)")
         return
     table = _table("Gate", "check", "", "found")
     for check in gate.checks:
-        table.add_row(
-            check.name, "[green]passed[/green]" if check.passed else "[red]failed[/red]", check.detail
-        )
+        verdict = "[green]passed[/green]" if check.passed else "[red]failed[/red]"
+        table.add_row(check.name, "" if check.name == "not run" else verdict, check.detail)
     console.print(table)
+    if gate.status == "unverified":
+        console.print("gate: [yellow]unverified[/yellow]: no variant of this bundle can run on this machine")
 
 
 def show_bundle(bundle: "Bundle", tensors: bool) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.formats import FORMATS
+from exporter.formats import FORMATS, XNNPACK, find_delegate
 from exporter.gate import verify as run_gate
-from exporter.plan import XNNPACK, Plan, make_plan
+from exporter.plan import Plan, make_plan
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.weights import QuantizedWeights
 from exporter.staging import Staging, discard, files_in, staging, write_whole
@@ -122,11 +122,14 @@ def _write_variant(
     weights = QuantizedWeights(source, plan.decisions, advance)
     write = {"onnx": _write_onnx, "executorch": _write_executorch}[plan.format]
     entry, cache, residency, tools = write(arch, weights, plan, delegate, text, folder)
+    one_chip = delegate and plan.device and find_delegate(delegate).for_a_chip
+    chips = (plan.device.soc.id,) if one_chip and plan.device else ()
     variant = Variant(
         name="-".join(filter(None, (plan.format, delegate, plan.scheme))),
         format=plan.format,
         engine=plan.engine,
         delegate=delegate,
+        chips=chips,
         scheme=plan.scheme,
         context=plan.context,
         last_logits_only=plan.last_logits_only,
@@ -170,8 +173,9 @@ def _write_executorch(
         return entry, kv_cache(arch), residency, tools
     from exporter.formats.executorch_traced import write_traced
 
-    entry, residency = write_traced(arch, weights, plan.context, folder, delegate, methods)
-    return entry, kv_cache(arch), residency, tools
+    chip = plan.device.soc.id if plan.device else ""
+    entry, residency = write_traced(arch, weights, plan.context, folder, delegate, methods, chip)
+    return entry, kv_cache(arch, "float16" if delegate != "vulkan" else "float32"), residency, tools
 
 
 def _manifest(source: Checkpoint, plan: Plan, text: TextSide, stage: Staging, made: list[Any]) -> Manifest:

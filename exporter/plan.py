@@ -6,15 +6,15 @@ No rule knows a device by its name.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import profiles
 from exporter.architecture import Architecture
-from exporter.errors import PlanRefused, UsageError
-from exporter.formats import FORMATS, Format, find_format
-from exporter.quantization.recipe import Decision, Recipe
-from exporter.quantization.scheme import parse_scheme
+from exporter.errors import PlanRefused, RecipeError, UsageError
+from exporter.formats import FORMATS, XNNPACK, Delegate, Format, find_delegate, find_format
+from exporter.quantization.recipe import Decision, Fit, Recipe
+from exporter.quantization.scheme import Scheme, parse_scheme
 from profiles import Chip, Device
 from runtimes.bundle import Choice
 from runtimes.predict import Decoder, Prediction, Weight, predict
@@ -26,7 +26,6 @@ TIGHT = 0.8  # of the memory budget; more is planned only if a context of up to 
 SHORTEST = 16  # tokens; less holds no chat template
 SMALL_MODEL = 100_000_000  # parameters
 APP_BYTES = 300_000_000  # what the app itself needs: its screen, its code, the tokenizer
-XNNPACK = "xnnpack"  # the delegate that computes on any CPU
 
 # Planned when no scheme is asked for: the first that leaves room for a context of ROOMY tokens.
 _SCHEMES = {
@@ -55,12 +54,6 @@ _BACKENDS = {
     "apu": "the {npu} stands idle: this is made for the CPU; --delegate mediatek reaches it, where MediaTek's SDK is "
     "installed",
     "tpu": "the {npu} stands idle: this is made for the CPU, and no format for Google's compiler is exported",
-}
-_DELEGATES = {
-    "vulkan": "GPU (ExecuTorch, Vulkan)",
-    "coreml": "Core ML (ExecuTorch)",
-    "qualcomm": "Hexagon (ExecuTorch, QNN)",
-    "mediatek": "APU (ExecuTorch, NeuroPilot)",
 }
 _ROUNDED = {
     "onnx": "a scale for each token and group",
@@ -150,7 +143,7 @@ def make_plan(
     """
     target = profiles.find(device) if device is not None else None
     form, why_format = _format(arch, format, delegate)
-    delegates = _delegates(form, delegate)
+    chosen_delegate = _delegate(form, delegate, target)
     if recipe and (scheme or algorithm != "rtn"):
         raise UsageError("a recipe says scheme and algorithm itself: give a recipe, or those two")
     if context is not None and not SHORTEST <= context <= arch.context:
@@ -164,7 +157,10 @@ def make_plan(
         offered = {Recipe.uniform(scheme, algorithm): "as asked for"}
     else:
         size = "small" if arch.parameters < SMALL_MODEL else "large"
-        offered = {Recipe.uniform(name, algorithm): why for name, why in _SCHEMES[size].items()}
+        schemes = _default_schemes(size, chosen_delegate)
+        offered = {Recipe.uniform(name, algorithm): why for name, why in schemes.items()}
+    delegates = _delegates(chosen_delegate, offered)
+    form = replace(form, fit=_fit(form, delegates))
     contexts = (context,) if context else _contexts(arch)
     chosen = _choose(arch, target, form, offered, contexts)
     if chosen is None:
@@ -193,18 +189,54 @@ def _format(arch: Architecture, asked: str | None, delegate: str | None) -> tupl
     return FORMATS["onnx"], _FORMATS["onnx"]
 
 
-def _delegates(form: Format, asked: str | None) -> tuple[str, ...]:
-    """What an ExecuTorch program computes on: a variant for each, the CPU's last."""
+def _delegate(form: Format, asked: str | None, device: Device | None) -> Delegate | None:
+    """What an ExecuTorch program computes on; None for another format."""
     if form.name != "executorch":
         if asked is not None:
             raise UsageError(f"format {form.name} has no delegates: give --format executorch with --delegate")
+        return None
+    found = find_delegate(asked or XNNPACK)
+    if found.for_a_chip and device is None:
+        raise PlanRefused(f"delegate {found.name} is compiled for a chip: say for which with --device")
+    return found
+
+
+def _default_schemes(size: str, delegate: Delegate | None) -> dict[str, str]:
+    """Schemes to plan with and why, of those that the delegate takes."""
+    usual = _SCHEMES[size]
+    if delegate is None:
+        return usual
+    taken = {name: why for name, why in usual.items() if name in delegate.schemes}
+    return taken or {delegate.schemes[0]: f"what {delegate.title} takes"}
+
+
+def _delegates(delegate: Delegate | None, recipes: Iterable[Recipe]) -> tuple[str, ...]:
+    """A variant for each: the delegate, and the CPU to fall back to if XNNPACK holds the same integers."""
+    if delegate is None:
         return ()
-    if asked is None or asked == XNNPACK:
+    cpu = find_delegate(XNNPACK)
+    if delegate is cpu:
         return (XNNPACK,)
-    if asked not in _DELEGATES:
-        known = ", ".join((XNNPACK, *_DELEGATES))
-        raise UsageError(f"there is no delegate {asked!r}: use one of {known}")
-    return (asked, XNNPACK)
+    try:
+        for rule in (rule for recipe in recipes for rule in recipe.rules):
+            cpu.fit(parse_scheme(rule.scheme))
+    except RecipeError:
+        return (delegate.name,)
+    return (delegate.name, XNNPACK)
+
+
+def _fit(form: Format, delegates: tuple[str, ...]) -> Fit:
+    """The nearest scheme that the format and all its delegates take: they hold the same integers."""
+    fits = [find_delegate(name).fit for name in reversed(delegates)] or [form.fit]
+
+    def fit(scheme: Scheme) -> tuple[Scheme, str]:
+        notes = []
+        for each in fits:
+            scheme, note = each(scheme)
+            notes.append(note)
+        return scheme, "; ".join(filter(None, notes))
+
+    return fit
 
 
 @dataclass(frozen=True)
@@ -359,14 +391,9 @@ def _plan(
         *_npu(arch, device, form, chosen.context),
         Choice(topic="scheme", value=chosen.recipe.name, reason=why),
         *_deviations(chosen.recipe, chosen.decisions),
-        _activations(form, chosen.decisions),
+        _activations(form, delegates, chosen.decisions),
         _context(arch, device, chosen, asked),
-        Choice(
-            topic="entry points",
-            value="decode",
-            reason="one graph takes any number of tokens, a prompt or the one just chosen, and gives the logits of "
-            "the last: those before it are never read",
-        ),
+        _entry_points(delegates),
         *_positions(arch, chosen.context),
         *_windows(arch, chosen.context),
         _threads(device),
@@ -410,8 +437,13 @@ def _plan(
 def _backend(device: Device | None, form: Format, delegates: tuple[str, ...]) -> Choice:
     cpu = _CPU[form.name]
     if delegates and delegates[0] != XNNPACK:
-        why = f"as asked for, with a variant for the {cpu} to fall back to; neither was run on a phone here"
-        return Choice(topic="backend", value=_DELEGATES[delegates[0]], reason=why)
+        fallback = (
+            f"with a variant for the {cpu} to fall back to"
+            if XNNPACK in delegates
+            else "without a variant for the CPU, which has no products by these weights"
+        )
+        why = f"as asked for, {fallback}; it is written here and was never run on a phone"
+        return Choice(topic="backend", value=find_delegate(delegates[0]).title, reason=why)
     npu = device.soc.npu if device else None
     why = _BACKENDS[npu.kind].format(npu=npu.name) if npu else "runs on every phone and computer"
     return Choice(topic="backend", value=cpu, reason=why)
@@ -430,7 +462,7 @@ def _deviations(recipe: Recipe, decisions: Mapping[str, Decision]) -> Iterator[C
     usual = parse_scheme(recipe.rules[-1].scheme)
     groups: dict[Decision, list[str]] = {}
     for name, decision in decisions.items():
-        if decision.scheme != usual:
+        if decision.scheme.name != usual.name:
             groups.setdefault(decision, []).append(name)
     for decision, names in groups.items():
         kinds = sorted({name.split(".", 2)[-1] for name in names})
@@ -441,7 +473,10 @@ def _deviations(recipe: Recipe, decisions: Mapping[str, Decision]) -> Iterator[C
         )
 
 
-def _activations(form: Format, decisions: Mapping[str, Decision]) -> Choice:
+def _activations(form: Format, delegates: tuple[str, ...], decisions: Mapping[str, Decision]) -> Choice:
+    if delegates and delegates[0] != XNNPACK:
+        why = f"{find_delegate(delegates[0]).title} unfolds the integers where it multiplies by them"
+        return Choice(topic="activations", value="float", reason=why)
     kinds = sorted({decision.scheme.activations for decision in decisions.values()}, reverse=True)
     reasons = [_ACTIVATIONS[kind].format(scale=_ROUNDED[form.name]) for kind in kinds]
     return Choice(topic="activations", value=" and ".join(kinds), reason="; ".join(reasons))
@@ -459,6 +494,18 @@ def _context(arch: Architecture, device: Device | None, chosen: _Candidate, aske
     else:
         why = f"more does not fit well in the memory of {device.name if device else 'this computer'}; {cost}"
     return Choice(topic="context", value=f"{chosen.context} tokens", reason=why)
+
+
+def _entry_points(delegates: tuple[str, ...]) -> Choice:
+    if delegates and not find_delegate(delegates[0]).any_length:
+        why = "its compiler wants fixed shapes, and two graphs would have a KV cache each: a prompt goes token by token"
+        return Choice(topic="entry points", value="decode", reason=why)
+    return Choice(
+        topic="entry points",
+        value="decode",
+        reason="one graph takes any number of tokens, a prompt or the one just chosen, and gives the logits of "
+        "the last: those before it are never read",
+    )
 
 
 def _positions(arch: Architecture, context: int) -> Iterator[Choice]:

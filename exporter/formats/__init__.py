@@ -1,6 +1,6 @@
 """The formats that a bundle's variants can have, and what each takes; nothing heavy is imported here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from exporter.errors import RecipeError, UsageError
 from exporter.quantization.recipe import Fit
@@ -20,7 +20,9 @@ class Format:
     fit: Fit
 
 
-def _any(scheme: Scheme) -> tuple[Scheme, str]:
+def _onnx(scheme: Scheme) -> tuple[Scheme, str]:
+    """Floats, and integers with any scales."""
+    _refuse_tables(scheme, "ONNX Runtime")
     return scheme, ""
 
 
@@ -29,6 +31,7 @@ def _xnnpack(scheme: Scheme) -> tuple[Scheme, str]:
 
     Source: pytorch/executorch, backends/xnnpack/operators/node_visitor.py (get_per_channel_dtype).
     """
+    _refuse_tables(scheme, "ExecuTorch")
     channel = Scheme(8, None, "int8")
     if scheme.bits == 16:
         raise RecipeError(
@@ -41,13 +44,70 @@ def _xnnpack(scheme: Scheme) -> tuple[Scheme, str]:
     return scheme, ""
 
 
+def _vulkan(scheme: Scheme) -> tuple[Scheme, str]:
+    """4 bits, floats; 8 bits only with activations of calibrated ranges (backends/vulkan/patterns)."""
+    if scheme.bits == 8:
+        raise RecipeError(
+            "executorch's Vulkan delegate keeps no 8-bit weights without calibrated activations: use int4 or fp16"
+        )
+    return replace(scheme, activations="float32"), ""
+
+
+def _weights_only(scheme: Scheme) -> tuple[Scheme, str]:
+    """Every scheme; activations are not rounded."""
+    return replace(scheme, activations="float32"), ""
+
+
+def _half(scheme: Scheme) -> tuple[Scheme, str]:
+    """Float16: what an NPU's quantized types ask for, ranges of activations, is not recorded for this route."""
+    if scheme.bits != 16:
+        raise RecipeError("through ExecuTorch this NPU takes fp16 only: use --scheme fp16")
+    return scheme, ""
+
+
+def _refuse_tables(scheme: Scheme, engine: str) -> None:
+    if scheme.table:
+        raise RecipeError(
+            f"{scheme.name} cannot be exported: {engine} has no lookup tables: use int4 or int8"
+        )
+
+
 FORMATS = {
     format.name: format
     for format in (
-        Format("onnx", "onnxruntime", "onnx", ("onnx",), ("fp16", "int8", "int4", "int4-g128"), _any),
+        Format("onnx", "onnxruntime", "onnx", ("onnx",), ("fp16", "int8", "int4", "int4-g128"), _onnx),
         Format(
             "executorch", "executorch", "executorch", ("executorch",), ("int8", "int4", "int4-g128"), _xnnpack
         ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Delegate:
+    """What an ExecuTorch program computes on. `title`: for a plan. `schemes`: what is planned, the first that is
+    wanted; `fit`: as a format's. `any_length`: a run takes any number of tokens, otherwise one. `for_a_chip`: what
+    is compiled runs on one chip alone."""
+
+    name: str
+    title: str
+    schemes: tuple[str, ...]
+    fit: Fit
+    any_length: bool = True
+    for_a_chip: bool = False
+
+
+XNNPACK = "xnnpack"
+DELEGATES = {
+    delegate.name: delegate
+    for delegate in (
+        Delegate(XNNPACK, "CPU (ExecuTorch, XNNPACK)", ("int8", "int4", "int4-g128"), _xnnpack),
+        Delegate("vulkan", "GPU (ExecuTorch, Vulkan)", ("int4", "int4-g128", "fp16"), _vulkan),
+        Delegate(
+            "coreml", "Core ML (ExecuTorch)", ("int8", "int4", "int4-g128", "fp16"), _weights_only, False
+        ),
+        Delegate("qualcomm", "Hexagon NPU (ExecuTorch, QNN)", ("fp16",), _half, False, True),
+        Delegate("mediatek", "APU (ExecuTorch, NeuroPilot)", ("fp16",), _half, False, True),
     )
 }
 
@@ -57,3 +117,12 @@ def find_format(name: str) -> Format:
     if name not in FORMATS:
         raise UsageError(f"there is no format {name!r}: use one of {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def find_delegate(name: str) -> Delegate:
+    """A delegate by its name; UsageError names those there are."""
+    if name == "mps":
+        raise UsageError("executorch has given its delegate for Metal (mps) up for Core ML: use coreml")
+    if name not in DELEGATES:
+        raise UsageError(f"there is no delegate {name!r}: use one of {', '.join(DELEGATES)}")
+    return DELEGATES[name]

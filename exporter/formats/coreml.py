@@ -84,7 +84,7 @@ class MilOps:
 
     def linear(self, x: Var, weight: str) -> Var:
         out = (*x.shape[:-1], self._shapes[weight][0])
-        bias = {}
+        bias: dict[str, Any] = {}
         if self.arch.has_bias(weight):
             bias["bias"] = self.weights.vector(f"{weight}.bias").astype(np.float16)
         return self.f.op("linear", "fp16", out, x=x, weight=self._matrix(weight), **bias)
@@ -197,15 +197,11 @@ class MilOps:
             keys = np.arange(self.context, dtype=np.int32)[None]
             seen = self.f.op("less_equal", "bool", shape, x=keys, y=queries)
             if window:
-                first = self.f.op(
-                    "sub", "int32", (self.length, 1), x=queries, y=np.array([window], np.int32)
-                )
+                first = self.f.op("sub", "int32", (self.length, 1), x=queries, y=np.array([window], np.int32))
                 near = self.f.op("greater", "bool", shape, x=keys, y=first)
                 seen = self.f.op("logical_and", "bool", shape, x=seen, y=near)
             counts = self.f.op("cast", "fp16", shape, x=seen, dtype="fp16")
-            self._masks[window] = self._binary(
-                "mul", self._binary("sub", np.float16(1), counts), _MASKED
-            )
+            self._masks[window] = self._binary("mul", self._binary("sub", np.float16(1), counts), _MASKED)
         return self._masks[window]
 
     def _heads(self, x: Var, heads: int) -> Var:
@@ -268,9 +264,7 @@ class MilOps:
     def _concat(self, values: Sequence[Var], axis: int = -1) -> Var:
         shape = list(values[0].shape)
         shape[axis] = sum(value.shape[axis] for value in values)
-        return self.f.op(
-            "concat", values[0].kind, shape, values=list(values), axis=axis, interleave=False
-        )
+        return self.f.op("concat", values[0].kind, shape, values=list(values), axis=axis, interleave=False)
 
     def _concat_ints(self, before: Sequence[int], middle: Var, after: Sequence[int]) -> Var:
         """A vector of int32 with one value that is only known as it runs."""

@@ -232,7 +232,7 @@ class MilFunction:
         )
 
     def _argument(self, value: Input) -> Any:
-        values = value if isinstance(value, (list, tuple)) else [value]
+        values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
         names = [v.name if isinstance(v, Var) else self.const(v).name for v in values]
         return MIL_pb2.Argument(arguments=[MIL_pb2.Argument.Binding(name=name) for name in names])
 

@@ -410,13 +410,13 @@ def write_executorch(
     return _entry_point(arch, ops.chunk, name), ops.residency()
 
 
-def kv_cache(arch: Architecture) -> KVCache:
-    """The cache's layout: float32, inside the program."""
+def kv_cache(arch: Architecture, dtype: str = "float32") -> KVCache:
+    """The cache's layout: inside the program."""
     return KVCache(
         layers=arch.layers,
         kv_heads=arch.kv_heads,
         head_dim=arch.head_dim,
-        dtype="float32",
+        dtype=dtype,
         shared_buffer=True,
         held_by="program",
     )

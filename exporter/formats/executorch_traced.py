@@ -261,9 +261,10 @@ def _qualcomm(settings: Settings) -> Lower:
         to_edge_transform_and_lower_to_qnn,
     )
 
-    _check_chip(settings.chip, [name for name in QcomChipset.__members__ if name != "UNKNOWN_SM"])
+    chip = settings.chip.upper()
+    _check_chip(chip, [name for name in QcomChipset.__members__ if name != "UNKNOWN_SM"])
     specs = generate_qnn_executorch_compiler_spec(
-        soc_model=QcomChipset[settings.chip], backend_options=generate_htp_compiler_spec(use_fp16=True)
+        soc_model=QcomChipset[chip], backend_options=generate_htp_compiler_spec(use_fp16=True)
     )
 
     def lower(module: Traced) -> Any:

@@ -219,3 +219,50 @@ LLAMA_1B = {
 def test_the_twin_is_cut_to_a_size_that_fits(changes, layers, vocab):
     cut = _cut(read_architecture(LLAMA_1B | changes))
     assert (cut.layers, cut.vocab, len(cut.windows)) == (layers, vocab, layers)
+
+
+def test_a_bundle_that_cannot_run_here_says_so(checkpoints, tmp_path, gochu):
+    """Float16 for a GPU: XNNPACK has no such products, so there is no variant for the CPU."""
+    out = tmp_path / "out"
+    code, stdout, err = gochu(
+        "export",
+        checkpoints.folder("qwen2"),
+        "--delegate",
+        "vulkan",
+        "--scheme",
+        "fp16",
+        "--context",
+        64,
+        "-o",
+        out,
+    )
+    assert code == 0, err
+    assert "no variant of this bundle can run on this machine" in " ".join(err.split())
+    code, stdout, err = gochu("inspect", out, "--json")
+    manifest = json.loads(stdout)
+    assert manifest["gate"]["status"] == "unverified"
+    assert [
+        check["name"] for check in manifest["gate"]["checks"]
+    ] == "checksums tokenizer residency".split() + ["not run"]
+    (variant,) = manifest["variants"]
+    assert (variant["delegate"], variant["residency"]["macs"]) == ("vulkan", variant["residency"]["macs_on"])
+    code, _, err = gochu("run", out, "--prompt", "1")
+    assert (code, "computes through vulkan" in err) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("delegate", "code", "words"),
+    [
+        ("qualcomm", 5, "QNN_SDK_ROOT"),
+        ("mediatek", 5, "NeuroPilot"),
+        ("mps", 2, "use coreml"),
+        ("vulkan", 3, "use int4 or fp16"),
+    ],
+)
+def test_a_delegate_that_cannot_be_had(delegate, code, words, checkpoints, tmp_path, gochu):
+    scheme = "int8" if delegate == "vulkan" else "fp16"
+    arguments = ["--device", "galaxy-s24-snapdragon", "--scheme", scheme, "-o", tmp_path / "out"]
+    found, stdout, err = gochu("export", checkpoints.folder("qwen2"), "--delegate", delegate, *arguments)
+    assert (found, stdout, words in err) == (code, "", True), err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

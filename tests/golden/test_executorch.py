@@ -1,4 +1,5 @@
-"""ExecuTorch's own LLM runner, which nobody here wrote, opens a bundle's program and says the same."""
+"""ExecuTorch's own LLM runner opens a bundle's program and says the same; executorch's own lowering of the decoder,
+through torch.export and its XNNPACK partitioner, computes the same to the bit."""
 
 import json
 import re
@@ -6,12 +7,19 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
-from exporter.pepper.questions import held_out
-from runtimes.generate import load
-
 pytest.importorskip("executorch", reason="executorch is not installed")
+
+from exporter.checkpoint import open_checkpoint
+from exporter.formats import find_delegate
+from exporter.pepper.questions import held_out
+from exporter.quantization.recipe import Recipe
+from exporter.quantization.weights import QuantizedWeights
+from runtimes.bundle import Choice
+from runtimes.engines.executorch import ExecuTorchEngine
+from runtimes.generate import load
 
 # The runner writes the answer to standard output as bytes; its callback would fail on half a Korean character.
 RUNNER = """
@@ -78,3 +86,31 @@ def test_the_official_runner_feeds_long_prompts_in_chunks(bundles, monkeypatch):
         end = model.tokenizer.token(bundle.manifest.tokens.eos[0])
     ((answer, count),) = theirs(bundle, [prompt])
     assert (answer.rstrip("\n").removesuffix(end), count) == (ours.text, ours.prompt_tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [("qwen2-window-yarn", "int4"), ("llama-biases", "int8"), ("phi3-partial-rotary", "fp32")],
+)
+def test_executorchs_own_lowering_computes_the_same_bits(name, scheme, checkpoints, tmp_path):
+    """The slow way: minutes for a real model, so this is what it is kept for."""
+    from exporter.formats.executorch import PROGRAM, write_executorch
+    from exporter.formats.executorch_traced import write_traced
+
+    methods = {"get_max_seq_len": 64}
+    choice = Choice(topic="variant", value="test", reason="a test")
+    tokens = [int(i) for i in np.random.default_rng(1).integers(0, 512, 40)]
+    logits = []
+    with open_checkpoint(checkpoints.folder(name)) as checkpoint:
+        arch = checkpoint.architecture
+        decisions = Recipe.uniform(scheme).resolve(arch, find_delegate("xnnpack").fit)
+        weights = QuantizedWeights(checkpoint, decisions)
+        write_executorch(arch, weights, 64, tmp_path, methods)
+        entry, _ = write_traced(arch, weights, 64, tmp_path, "xnnpack", methods)
+        assert entry.file != PROGRAM
+        for file in (PROGRAM, entry.file):
+            engine = ExecuTorchEngine(tmp_path / file, choice, context=64, vocab=arch.vocab, threads=1)
+            rows = [engine.prefill(tokens[:11]), engine.prefill(tokens[11:20])]
+            logits.append(np.stack([*rows, *(engine.decode(token) for token in tokens[20:])]))
+    assert np.ptp(logits[0]) > 1
+    np.testing.assert_array_equal(logits[0], logits[1])
