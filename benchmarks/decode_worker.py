@@ -9,13 +9,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
+
+from runtimes.quiet import quiet
 
 
 class Runtime(Protocol):
@@ -102,12 +102,15 @@ class ExecuTorchRunner:
     TOKEN = "#"
 
     def __init__(self, folder: Path, threads: int, context: int) -> None:
+        # Attention calls torch's MKL, which would start threads of its own inside each of the pool's. Only what is
+        # said before OpenMP is loaded holds for all threads: torch.set_num_threads would for this one alone.
+        os.environ["OMP_NUM_THREADS"] = "1"
         from runtimes.engines.executorch import import_runtime
 
         runtime = import_runtime()  # registers the kernels
-        from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+        with quiet():
+            from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
-        with _quiet():
             runtime._unsafe_reset_threadpool(threads)  # the one that all programs of a process share
             self._runner = TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
         self._config: Any = GenerationConfig
@@ -122,33 +125,15 @@ class ExecuTorchRunner:
     def _generate(self, given: int, new: int) -> float:
         config = self._config(echo=False, max_new_tokens=new, temperature=0)
         found: list[Any] = []
-        with _quiet():  # it prints what it generates
+        with quiet():  # it has much to say
             start = perf_counter()
             self._runner.generate(self.TOKEN * given, config, None, found.append)
             seconds = perf_counter() - start
         stats = found[-1]
-        if (stats.num_prompt_tokens, stats.num_generated_tokens) != (
-            given,
-            new - 1,
-        ):  # the first is not counted
+        done = stats.num_prompt_tokens, stats.num_generated_tokens + 1  # it does not count the first
+        if done != (given, new):
             raise SystemExit(f"ExecuTorch's runner did something else than it was told: {stats}")
         return seconds
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop what is written to standard output and error, by native code too."""
-    kept = [os.dup(number) for number in (1, 2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for number in (1, 2):
-        os.dup2(nowhere, number)
-    try:
-        yield
-    finally:
-        for number, file in zip((1, 2), kept, strict=True):
-            os.dup2(file, number)
-        for file in (nowhere, *kept):
-            os.close(file)
 
 
 RUNTIMES: dict[str, type[Genai] | type[Gochu] | type[ExecuTorchRunner]] = {
@@ -170,11 +155,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, required=True, help="tokens for each `decode`")
     parser.add_argument("--context", type=int, required=True, help="tokens to make room for")
     a = parser.parse_args()
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    with open(os.devnull, "wb") as nowhere:  # a runner prints what it generates
+        os.dup2(nowhere.fileno(), 1)
     prompt = np.random.default_rng(0).integers(0, a.vocabulary, a.prompt).tolist()
     runtime: Runtime = RUNTIMES[a.runtime](a.folder, a.threads, a.context)
     for line in sys.stdin:
         seconds = runtime.prefill(prompt) if line.strip() == "prefill" else runtime.decode(a.tokens)
-        print(seconds, flush=True)
+        print(seconds, file=answers)
 
 
 if __name__ == "__main__":

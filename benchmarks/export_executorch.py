@@ -69,7 +69,7 @@ def make_cases(work: Path, checkpoint: Path) -> list[Case]:
     gochu(checkpoint, onnx)
     sizes = {"vocabulary": CONFIGS[SHAPE]["vocab_size"], "prompt": 256, "new": 64}
     runner = "executorch-runner"
-    peer, ours = "executorch's program in its runner", "gochu's program in executorch's runner"
+    peer, ours = "executorch's program in its runner", "gochu's program in that runner"
     return [
         Case(peer, runner, work / FOLDERS[PEER], **sizes),
         Case(ours, runner, work / FOLDERS[SEARCH], **sizes, base=peer),
