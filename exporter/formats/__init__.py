@@ -46,6 +46,7 @@ def _xnnpack(scheme: Scheme) -> tuple[Scheme, str]:
 
 def _vulkan(scheme: Scheme) -> tuple[Scheme, str]:
     """4 bits, floats; 8 bits only with activations of calibrated ranges (backends/vulkan/patterns)."""
+    _refuse_tables(scheme, "ExecuTorch")
     if scheme.bits == 8:
         raise RecipeError(
             "executorch's Vulkan delegate keeps no 8-bit weights without calibrated activations: use int4 or fp16"
@@ -54,7 +55,8 @@ def _vulkan(scheme: Scheme) -> tuple[Scheme, str]:
 
 
 def _weights_only(scheme: Scheme) -> tuple[Scheme, str]:
-    """Every scheme; activations are not rounded."""
+    """Floats and integers; activations are not rounded."""
+    _refuse_tables(scheme, "ExecuTorch")
     return replace(scheme, activations="float32"), ""
 
 

@@ -11,20 +11,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exporter.architecture import Architecture
 from exporter.errors import RecipeError
-from exporter.quantization.algorithms import find_algorithm
+from exporter.quantization.algorithms import DEFAULT, resolve_algorithm
 from exporter.quantization.scheme import Scheme, fit_scheme, parse_scheme
 
 Fit = Callable[[Scheme], tuple[Scheme, str]]
 
 
 class Rule(BaseModel):
-    """Tensors whose canonical name matches `match` (shell wildcards) get `scheme` by `algorithm`."""
+    """Tensors whose canonical name matches `match` (shell wildcards) get `scheme` by `algorithm`.
+
+    The default algorithm is the scheme's own: round to nearest, or k-means for lookup tables.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     match: str
     scheme: str
-    algorithm: str = "rtn"
+    algorithm: str = DEFAULT
     reason: str = ""
 
 
@@ -37,7 +40,7 @@ class Recipe(BaseModel):
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
 
     @classmethod
-    def uniform(cls, scheme: str, algorithm: str = "rtn") -> "Recipe":
+    def uniform(cls, scheme: str, algorithm: str = DEFAULT) -> "Recipe":
         """One scheme for every weight matrix."""
         return cls(name=scheme, rules=(Rule(match="*", scheme=scheme, algorithm=algorithm),))
 
@@ -49,16 +52,16 @@ class Recipe(BaseModel):
         """
         decisions: dict[str, Decision] = {}
         used = {rule for rule in self.rules if rule.match == "head"}
-        for name, (_, inputs) in arch.matrices():
+        for name, shape in arch.matrices():
             rule = next((rule for rule in self.rules if fnmatchcase(name, rule.match)), None)
             if rule is None:
                 raise RecipeError(f"recipe {self.name}: no rule matches {name}; end with a rule for '*'")
             used.add(rule)
-            find_algorithm(rule.algorithm)
-            scheme, note = fit_scheme(parse_scheme(rule.scheme), inputs)
+            scheme, note = fit_scheme(parse_scheme(rule.scheme), shape)
             scheme, why = fit(scheme)
             note = "; ".join(filter(None, (note, why)))
-            decisions[name] = Decision(scheme, rule.algorithm, note or rule.reason)
+            algorithm = resolve_algorithm(rule.algorithm, scheme)
+            decisions[name] = Decision(scheme, algorithm, note or rule.reason)
         if idle := [rule.match for rule in self.rules if rule not in used]:
             raise RecipeError(
                 f"recipe {self.name}: the rule for {idle[0]!r} decides nothing; correct or drop it"

@@ -68,7 +68,7 @@ def _convert(name: str, stored: NDArray[Any], out: NDArray[Any]) -> tuple[float,
     weights = to_float32(stored)
     largest = np.abs(weights).max(initial=0)
     if not np.isfinite(largest):
-        raise _not_finite(name)
+        raise not_finite(name)
     if largest > np.finfo(out.dtype).max:
         raise RecipeError(
             f"{name} has weights above 65504, which float16 cannot hold: use int8, int4 or fp32"
@@ -101,7 +101,7 @@ def _round(
     top, bottom = w.max(axis=0), w.min(axis=0)
     absmax = np.maximum(top, -bottom)
     if not np.isfinite(absmax).all():
-        raise _not_finite(name)
+        raise not_finite(name)
     low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
     if absmax.max() > LARGEST_SCALE * high:
         raise RecipeError(
@@ -151,7 +151,8 @@ def _search(w: NDArray[np.float32], absmax: NDArray[np.float32], low: int, high:
     return round_scales(best)
 
 
-def _not_finite(name: str) -> CheckpointError:
+def not_finite(name: str) -> CheckpointError:
+    """What is raised for weights that are no numbers."""
     return CheckpointError(f"{name} has NaN or infinite values: the checkpoint is damaged, download it again")
 
 

@@ -1,4 +1,4 @@
-"""A quantized weight: the integers and scales that every format stores as they are."""
+"""A quantized weight: the integers and scales (or a table) that every format stores as they are."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from exporter.quantization.scheme import Scheme
 
 SMALLEST_SCALE, LARGEST_SCALE = np.float32(2**-17), np.float32(255 * 2**8)
+_ROWS = 64  # looked up at a time
 
 
 def round_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -28,7 +29,9 @@ class QuantizedTensor:
 
     Integers: `data` uint8 [outputs, inputs·bits/8], each stored as q + 2^(bits-1), two 4-bit numbers per
     byte, the lower half first; `scales` float32 [outputs, inputs/group] (or [outputs, 1] per channel);
-    the weight is q · scale. Floats: `data` float16 or float32 [outputs, inputs], `scales` None.
+    the weight is q · scale. Tables: `data` uint8 [outputs, inputs], an index in each byte, but 4-bit ones packed as
+    above, [outputs, ⌈inputs/2⌉]; `tables` float32 [groups, 2^bits], ascending, every entry exact in float16; the
+    weight is the entry of its output's group. Floats: `data` float16 or float32 [outputs, inputs].
     """
 
     name: str
@@ -36,25 +39,37 @@ class QuantizedTensor:
     shape: tuple[int, int]
     data: NDArray[Any]
     scales: NDArray[np.float32] | None = None
+    tables: NDArray[np.float32] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of data and scales."""
-        return self.data.nbytes + (self.scales.nbytes if self.scales is not None else 0)
+        """Bytes that a format stores, packed to the bit."""
+        return self.scheme.nbytes(self.shape)
 
     def integers(self, start: int = 0, stop: int | None = None) -> NDArray[np.int8]:
         """Rows [start, stop) as int8 [rows, inputs]."""
         rows = self.data[start:stop]
         if self.scheme.bits == 8:
             return (rows ^ 0x80).view(np.int8)
-        out = np.empty((len(rows), self.shape[1]), np.int8)
-        out[:, 0::2] = rows & 0xF
-        out[:, 1::2] = rows >> 4
+        out = self._unpack4(rows).view(np.int8)
         out -= 8
+        return out
+
+    def indices(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """Rows [start, stop) as indices into their groups' tables, uint8 [rows, inputs]."""
+        rows = self.data[start:stop]
+        return self._unpack4(rows) if self.scheme.bits == 4 else rows
+
+    def _unpack4(self, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        out = np.empty((len(rows), self.shape[1]), np.uint8)
+        out[:, 0::2] = rows & 0xF
+        out[:, 1::2] = rows[:, : self.shape[1] // 2] >> 4
         return out
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Rows [start, stop) as float32 [rows, inputs]."""
+        if self.tables is not None:
+            return self._look_up(self.tables, *slice(start, stop).indices(self.shape[0])[:2])
         if self.scales is None:
             return self.data[start:stop].astype(np.float32)
         scales = self.scales[start:stop]
@@ -63,18 +78,30 @@ class QuantizedTensor:
         groups *= scales[..., None]
         return out
 
+    def _look_up(self, tables: NDArray[np.float32], start: int, stop: int) -> NDArray[np.float32]:
+        """Group by group, some rows at a time: numpy widens indices to 8 bytes each before it uses them."""
+        out = np.empty((max(stop - start, 0), self.shape[1]), np.float32)
+        group = self.scheme.group or self.shape[0]
+        while start < stop:
+            end = min(stop, (start // group + 1) * group, start + _ROWS)
+            out[start - stop : end - stop or None] = tables[start // group][self.indices(start, end)]
+            start = end
+        return out
+
     def digest(self) -> str:
-        """SHA-256 of scheme, shape, integers and scales: equal if and only if the weight is."""
+        """SHA-256 of scheme, shape, integers and scales or tables: equal if and only if the weight is."""
         state = hashlib.sha256(f"{self.scheme.name} {self.shape}".encode())
-        state.update(np.ascontiguousarray(self.data).view(np.uint8).data)
-        if self.scales is not None:
-            state.update(np.ascontiguousarray(self.scales).view(np.uint8).data)
+        for part in (self.data, self.scales, self.tables):
+            if part is not None:
+                state.update(np.ascontiguousarray(part).view(np.uint8).data)
         return state.hexdigest()
 
 
-def pack4(biased: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """4-bit numbers q + 8, uint8 [rows, inputs] -> [rows, inputs/2], the first of a pair in the lower half."""
-    pairs = np.ascontiguousarray(biased).view("<u2")  # one 16-bit operation packs a pair
+def pack4(numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """4-bit numbers, uint8 [rows, inputs] -> [rows, ⌈inputs/2⌉], the first of a pair in the lower half."""
+    if numbers.shape[1] % 2:
+        numbers = np.pad(numbers, ((0, 0), (0, 1)))
+    pairs = np.ascontiguousarray(numbers).view("<u2")  # one 16-bit operation packs a pair
     return (pairs | (pairs >> 4)).astype(np.uint8)
 
 

@@ -60,7 +60,7 @@ class QuantizedWeights:
         """Read, quantize and report one weight matrix; RecipeError if its scheme loses most of it."""
         decision = self._decisions[name]
         source = self._checkpoint.matrix(name)
-        tensor, error, worst = find_algorithm(decision.algorithm)(source, decision.scheme)
+        tensor, error, worst = find_algorithm(decision.algorithm, decision.scheme)(source, decision.scheme)
         if not error <= LARGEST_ERROR:  # so that a NaN is refused
             raise RecipeError(
                 f"{name} would not survive {decision.scheme.name} (relative squared error {error:.2g}, at most "
@@ -72,7 +72,7 @@ class QuantizedWeights:
             return TensorReport(
                 name=name,
                 scheme=decision.scheme.name,
-                algorithm=decision.algorithm if decision.scheme.is_integer else "convert",
+                algorithm="convert" if decision.scheme.is_float else decision.algorithm,
                 shape=tensor.shape,
                 bytes=tensor.nbytes,
                 error=error,

@@ -381,7 +381,7 @@ def test_unknown_schemes_are_refused(name):
     ],
 )
 def test_groups_that_do_not_divide_become_smaller_never_coarser(scheme, inputs, becomes):
-    fitted, why = fit_scheme(parse_scheme(scheme), inputs)
+    fitted, why = fit_scheme(parse_scheme(scheme), (199, inputs))
     assert fitted.name == becomes
     assert (why == "") == (scheme == becomes)
     if why:
@@ -394,4 +394,5 @@ def test_bytes_are_those_of_the_arrays():
     for name in ("fp32", "fp16", "int8", "int4", "int4-g128", "int8-channel"):
         scheme = parse_scheme(name)
         tensor = rtn.quantize_absmax(matrix(weights(4, 256)), scheme)[0]
-        assert scheme.nbytes((4, 256)) == tensor.nbytes
+        arrays = [tensor.data, *([tensor.scales] if tensor.scales is not None else [])]
+        assert scheme.nbytes((4, 256)) == tensor.nbytes == sum(array.nbytes for array in arrays)
