@@ -368,6 +368,7 @@ def _reference(
     tokens = torch.zeros(2 * count, max(map(len, sequences)), dtype=torch.int64)
     for i, sequence in enumerate(sequences):
         tokens[i, : len(sequence)] = tokens[count + i, : len(sequence)] = torch.tensor(sequence)
+    torch.set_num_threads(default_threads())  # an engine may have left torch but one
     ops = TorchOps(arch, weights, variant.context, rounded=count, engine=variant.engine)
     with torch.no_grad():
         hidden = decoder.embedding(ops, arch, tokens)

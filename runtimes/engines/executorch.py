@@ -7,7 +7,9 @@ position is forgetting a number. Threads are the process's: ExecuTorch has one p
 
 import importlib
 import importlib.metadata
+import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -201,8 +203,11 @@ def _operators(events: Sequence[Any]) -> list[tuple[str, float]]:
 def import_runtime() -> Any:
     """ExecuTorch's Python binding with all kernels that our programs need; MissingExtra if it is absent.
 
-    Importing it says much that is no news to a user; that is kept off the screen.
+    Importing it says much that is no news to a user; that is kept off the screen. Attention's products go to torch's
+    MKL, which would start a team of threads inside each of ExecuTorch's own, and spin: one each is enough.
     """
+    if "torch" not in sys.modules:  # it is read when torch is loaded
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     require("executorch", EXTRA)
     with quiet():
         for name in _KERNELS:
