@@ -707,6 +707,9 @@ def test_packed_constants_are_what_coremltools_wrote(dtype, tmp_path):
         for start in range(len(values)):
             for stop in range(start, len(values) + 1, 3):
                 np.testing.assert_array_equal(constant.rows(start, stop), values[start:stop])
+    for nowhere in (1, written[-1][0] + 1, path.stat().st_size, 1 << 62):
+        with pytest.raises(BundleError, match=f"no record at byte {nowhere} of"):
+            file.constant(nowhere, dtype, (1,))
 
 
 def test_sums_of_products_are_not_rounded(tmp_path):
@@ -811,6 +814,78 @@ def test_weights_are_kept_within_the_budget(tmp_path, monkeypatch):
             np.testing.assert_array_equal(evaluator.run(name, inputs)["out0"], whole_at_once)
         assert sum(read) == expected
         assert max(read) == 7
+
+
+def test_of_a_chain_only_the_result_is_kept(tmp_path):
+    """Entries looked up and then scaled: what was looked up takes nothing of the budget."""
+    table, x = RANDOM.integers(-128, 128, (1, 1, 4, 1)).astype(np.int8), np.ones((1, 32), np.float16)
+    indices = RANDOM.integers(0, 4, (16, 32)).astype(types.string_to_nptype("uint2"))
+
+    def build(x: Any) -> Any:
+        looked = mb.constexpr_lut_to_dense(indices=indices, lut=table)
+        scale = np.full((16, 1), 0.5, np.float16)
+        return mb.linear(x=x, weight=mb.constexpr_blockwise_shift_scale(data=looked, scale=scale))
+
+    path = save(tmp_path / "m.mlpackage", {"main": ({"x": x}, build)})
+    evaluator = Evaluator(open_package(path), cache=16 * 32 * 3)
+    found = evaluator.run("main", {"x": x})["out0"]
+    np.testing.assert_array_equal(found[0], (table[0, 0, :, 0][indices.astype(int)] * 0.5).sum(-1))
+    assert evaluator._shared.budget.left == 16 * 32
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        weights.ShiftScale(
+            weights.Computed(torch.arange(96).reshape(12, 8)),
+            weights.Computed(torch.arange(1.0, 9).reshape(4, 2)),
+            weights.Computed(torch.arange(8.0).reshape(4, 2)),
+        ),
+        weights.LookUp(
+            weights.Computed(torch.arange(48).reshape(12, 4) % 4),
+            weights.Computed(torch.arange(96.0).reshape(4, 2, 4, 3)),
+            vector_axis=0,
+        ),
+        weights.LookUp(
+            weights.Computed(torch.arange(48).reshape(12, 4) % 4),
+            weights.Computed(torch.arange(48.0).reshape(6, 1, 4, 2)),
+            vector_axis=1,
+        ),
+        weights.Sparse(
+            weights.Computed(torch.arange(48.0)), weights.Computed(torch.arange(96).reshape(12, 8) % 2)
+        ),
+    ],
+    ids=["scales of 3 rows", "vectors along the rows", "vectors in the rows", "sparse"],
+)
+def test_any_rows_of_a_weight_are_those_of_the_whole(weight):
+    """Blocks and groups begin and end within the rows asked for, and around them."""
+    complete = weights.whole(weight)
+    assert tuple(complete.shape) == weight.shape
+    for start in range(weight.shape[0]):
+        for stop in range(start + 1, weight.shape[0] + 1):
+            assert torch.equal(weight.rows(start, stop), complete[start:stop])
+
+
+def test_an_update_changes_neither_state_nor_constant(tmp_path):
+    """A slice that is updated and not written back is the caller's alone."""
+    x, table = np.ones((1, 3), np.float16), np.zeros((2, 3), np.float16)
+
+    def build(x: Any, total: Any) -> Any:
+        place = {"update": x, "begin": [1, 0], "end": [2, 3]}
+        read = mb.read_state(input=total)
+        kept = mb.add(x=read, y=np.float16(0))
+        return [
+            mb.slice_update(x=read, **place),
+            mb.slice_update(x=table, **place),
+            read,
+            kept,
+            mb.add(x=read, y=table),
+        ]
+
+    path = save(tmp_path / "m.mlpackage", {"main": ({"x": x}, build)}, {"total": (2, 3)})
+    evaluator = Evaluator(open_package(path))
+    for _ in range(2):
+        assert [out.sum() for out in evaluator.run("main", {"x": x}).values()] == [3, 3, 0, 0, 0]
 
 
 def test_an_embeddings_rows_are_all_that_is_read_of_it(tmp_path, monkeypatch):
