@@ -102,7 +102,8 @@ def open_package(path: Path) -> Package:
         raise BundleError(f"{model} holds no ML program; export the bundle again")
     reader = _Reader(model.parent)
     try:
-        functions = {name: reader.function(name, f) for name, f in spec.mlProgram.functions.items()}
+        found = sorted(spec.mlProgram.functions.items(), key=lambda item: item[0])  # a map has no order
+        functions = {name: reader.function(name, message) for name, message in found}
     except _Malformed as error:
         why = " ".join(str(error).split())
         raise BundleError(f"{model} is damaged: {why}; export the bundle again") from None
