@@ -50,9 +50,7 @@ def _bins(values: Floats, counts: Integers, clusters: int) -> Integers:
     """Where bins begin among `values`, and the end."""
     if len(values) <= max(_BINS, _EXACT * clusters):
         return np.arange(len(values) + 1)
-    bins = min(
-        max(_BINS, _PER_CLUSTER * clusters), len(values) * 3 // 4
-    )  # more than half of them hold a value
+    bins = min(max(_BINS, _PER_CLUSTER * clusters), len(values) * 3 // 4)  # most of them will hold a value
     steps = np.cbrt(np.diff(values) ** 2 * (counts[1:] + counts[:-1]))
     steps /= steps.max()
     # A gap needs no bins within: one so wide that it would hold some is shortened to the width of one
@@ -90,9 +88,8 @@ def _narrow_partition(moments: Floats, clusters: int, widest: int) -> Integers:
     number, total, square = moments[:, None] - before(np.concatenate((padding, moments), axis=1))
     spread = moments[2, -1] - moments[1, -1] ** 2 / moments[0, -1]
     costs = ((square - total**2 / number) / spread).astype(np.float32)  # of the interval between both edges
-    errors = np.full(
-        (clusters + 1, widest + bins + 1), np.inf, np.float32
-    )  # of all below an edge in 0, 1, ...
+    # The least error of all below each edge (and infinitely much before the first) in 0, 1, ... clusters
+    errors = np.full((clusters + 1, widest + bins + 1), np.inf, np.float32)
     errors[0, widest] = 0
     earlier, sums = before(errors), np.empty_like(costs)
     for i in range(clusters):

@@ -65,10 +65,8 @@ def nearest(weights: NDArray[np.float32], table: NDArray[np.float32]) -> NDArray
     exact, and quicker than a search, which processors cannot predict.
     """
     entries = np.unique(table.astype(np.float64))
-    middles = (
-        entries[1:] + entries[:-1]
-    ) / 2  # exact in float64; float32s above it are above it rounded down
-    limits = middles.astype(np.float32)
+    middles = (entries[1:] + entries[:-1]) / 2  # exact
+    limits = middles.astype(np.float32)  # then rounded down: the same float32 weights are above
     limits = np.where(limits > middles, np.nextafter(limits, np.float32(-np.inf)), limits)
     indices = np.zeros(weights.shape, np.uint8)
     above = np.empty(weights.shape, np.bool_)

@@ -81,11 +81,11 @@ class QuantizedTensor:
     def _look_up(self, tables: NDArray[np.float32], start: int, stop: int) -> NDArray[np.float32]:
         """Group by group, some rows at a time: numpy widens indices to 8 bytes each before it uses them."""
         out = np.empty((max(stop - start, 0), self.shape[1]), np.float32)
-        group = self.scheme.group or self.shape[0]
-        while start < stop:
-            end = min(stop, (start // group + 1) * group, start + _ROWS)
-            out[start - stop : end - stop or None] = tables[start // group][self.indices(start, end)]
-            start = end
+        group, row = self.scheme.group or self.shape[0], start
+        while row < stop:
+            end = min(stop, (row // group + 1) * group, row + _ROWS)
+            out[row - start : end - start] = tables[row // group][self.indices(row, end)]
+            row = end
         return out
 
     def digest(self) -> str:

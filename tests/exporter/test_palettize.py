@@ -123,9 +123,29 @@ def test_many_values_are_clustered_near_the_optimum(kind, clusters, above):
         sample = weights(16, 1 << 10 if seed == 1 else 1 << 7, kind, seed).reshape(-1)
         rounded = (sample.view(np.uint32) & np.uint32(round_off)).view(np.float32)
         values, counts = np.unique(rounded.astype(np.float64), return_counts=True)
-        found = error_of(values, counts, cluster(values, counts, clusters))
-        least = least_error(values, counts, clusters)
+        centres = cluster(values, counts, clusters)
+        found, least = error_of(values, counts, centres), least_error(values, counts, clusters)
         assert least * (1 - 1e-6) <= found <= least * above
+        mine = np.abs(values[:, None] - centres).argmin(1)
+        means = np.bincount(mine, counts * values) / np.bincount(mine, counts)
+        np.testing.assert_allclose(centres, means, rtol=1e-6, atol=1e-6 * np.abs(centres).max())
+
+
+def test_gaps_take_no_bins_from_where_the_values_are():
+    """Twelve values thousands of standard deviations apart, which need a cluster each, and all others between 16."""
+    close, far = weights(64, 64).reshape(-1) * 5e-3, np.geomspace(1, 100, 12)
+    values = np.sort(np.concatenate((close, far)).astype(np.float64))
+    counts = np.ones(len(values), np.int64)
+    found = error_of(values, counts, cluster(values, counts, 28))
+    assert found <= 1.003 * least_error(values, counts, 28)
+
+
+def test_a_cluster_may_be_of_most_values():
+    """200 of 256 values lie so close that a few of 64 clusters hold them."""
+    close = np.random.default_rng(0).uniform(0, 1e-3, 200)
+    values, counts = np.sort(np.concatenate((close, np.arange(1, 57)))), np.ones(256, np.int64)
+    found = error_of(values, counts, cluster(values, counts, 64))
+    assert found == pytest.approx(least_error(values, counts, 64), rel=1e-4)
 
 
 def test_the_centres_do_not_depend_on_where_or_how_large_the_values_are():
