@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.architecture import Architecture
 from exporter.errors import MissingExtra, PlanRefused, UsageError
-from exporter.npu.exynos_ops import Silu
 from exporter.npu.exynos_record import Operation, Recorder, Value, record, weight_bytes
 from profiles import Chip, Device
 from runtimes.bundle import Choice, Residency
@@ -34,7 +33,7 @@ _SAMSUNG = "executorch.backends.samsung"
 _VALUE_BYTES = 2  # of an activation that passes between CPU and NPU: float16 or int16
 _OUTSIDE = (
     "writing each call's keys and values into the KV cache",
-    "the rotary tables' rows and the attention mask for its positions",
+    "the attention mask for its positions",
     "choosing the token",
 )
 
@@ -48,14 +47,14 @@ def table() -> dict[str, Any]:
 def why_not(target: str) -> str:
     """Why an operator stays on the CPU; "" if the backend takes it.
 
-    >>> why_not("aten.topk.default"), why_not("aten.mul.Tensor")
-    ('no builder in executorch 1.4.1, and no rewrite is known', '')
+    >>> why_not("aten.erf.default").partition(", ")[2], why_not("aten.mul.Tensor")
+    ('and no rewrite is known', '')
     """
     data = table()
     if target in data["operators"]["targets"] or target in data["partitioner"]["targets"]:
         return ""
     reason = f"no builder in {data['package']['name']} {data['package']['version']}"
-    rewrite = next((row for row in data["rewrites"] if row["used"] and target in row["lacks"]), None)
+    rewrite = next((row for row in data["rewrites"] if target in row["lacks"]), None)
     return f"{reason}; Gochu writes {rewrite['by']}" if rewrite else f"{reason}, and no rewrite is known"
 
 
@@ -125,7 +124,6 @@ def precheck(
     context: int = CONTEXT,
     length: int = 1,
     rewrites: bool = True,
-    silu: Silu = "exact",
 ) -> Report:
     """Count what would run on the NPU when `length` tokens are computed in a graph for `context` tokens.
 
@@ -138,7 +136,7 @@ def precheck(
         raise UsageError(
             f"{length} tokens do not fit a context of {min(context, arch.context)}: ask for 1 or more"
         )
-    recorder = record(arch, length=length, past=past, rewrites=rewrites, silu=silu)
+    recorder = record(arch, length=length, past=past, rewrites=rewrites)
     ops = recorder.operations
     reasons = [why_not(op.target) for op in ops]
     on = [not reason for reason in reasons]
@@ -282,9 +280,12 @@ def _graphs(count: int) -> str:
 def lower(program: "ExportedProgram", chip: str) -> Any:
     """Give a program (see exynos_torch.py) to ExecuTorch's ENN backend, which compiles what it takes for `chip`.
 
-    Its own partitioner, passes and compile spec; returns its EdgeProgramManager. Types are the program's: float32,
-    which the compiler is said to compute in float16, or int8 after `quantize`. This has been tested against a
-    stand-in for Samsung's compiler only: it has never run with the SDK, nor has its result on a phone.
+    Its own partitioner, passes and compile spec; returns its EdgeProgramManager. One thing the partitioner is told
+    besides: to keep whole what the backend has a builder for, but lets be decomposed (`decomposed` in exynos.toml).
+    So a program must call rms_norm as an operator: from a torch.nn.RMSNorm, the backend looks for the pieces.
+    Types are the program's: float32, which the compiler is said to compute in float16, or int8 after `quantize`.
+    This has been tested against a stand-in for Samsung's compiler only: it has never run with the SDK, nor has its
+    result on a phone.
 
     Raises:
         MissingExtra: ExecuTorch or Samsung's SDK is not installed; the message says what to do.
@@ -296,13 +297,25 @@ def lower(program: "ExportedProgram", chip: str) -> Any:
     partition = require(f"{_SAMSUNG}.partition.enn_partitioner", EXTRA)
     options = require(f"{_SAMSUNG}.serialization.compile_options", EXTRA)
     utils = require(f"{_SAMSUNG}.utils.export_utils", EXTRA)
+    kept = [_operator(target) for target in table()["partitioner"]["decomposed"]]
+
+    class KeepingWhole(partition.EnnPartitioner):  # type: ignore[name-defined]
+        def ops_to_not_decompose(self, program: Any) -> Any:
+            operators, accepted = super().ops_to_not_decompose(program)
+            return [*operators, *kept], accepted
+
     spec = options.gen_samsung_backend_compile_spec(chip)
     return exir.to_edge_transform_and_lower(
         {"forward": program},
-        transform_passes=utils.get_enn_pass_list(),
-        partitioner={"forward": [partition.EnnPartitioner([spec])]},
+        partitioner={"forward": [KeepingWhole([spec])]},
         compile_config=utils.get_edge_compile_config(),
     )
+
+
+def _operator(target: str) -> Any:
+    """torch's operator by its name in the table."""
+    namespace, name, overload = target.split(".")
+    return getattr(getattr(getattr(require("torch", EXTRA).ops, namespace), name), overload)
 
 
 def quantize(program: "ExportedProgram", samples: Sequence[tuple["Tensor", ...]]) -> "ExportedProgram":
@@ -311,8 +324,8 @@ def quantize(program: "ExportedProgram", samples: Sequence[tuple["Tensor", ...]]
 
     By the annotations of the backend's own quantizer, for linears only: given the whole decoder, it makes sums and
     products share one range with their first operand, so the mask's -1e4 leaves a step that rounds all else to 0
-    (and x * x, which shares with itself, it cannot annotate at all). The scales are its own: these are not the
-    integers of Gochu's other formats. It knows no other precision in this version, 16-bit activations included.
+    (and x * x, which shares with itself, it cannot annotate at all; this decoder has none). The scales are its own:
+    these are not the integers of Gochu's other formats. It knows no other precision, 16-bit activations included.
     Needs ExecuTorch, not the SDK.
     """
     require("executorch.exir", EXTRA)
@@ -321,7 +334,7 @@ def quantize(program: "ExportedProgram", samples: Sequence[tuple["Tensor", ...]]
     config = require(f"{_SAMSUNG}.quantizer.qconfig", EXTRA)
     pt2e = require("torchao.quantization.pt2e.quantize_pt2e", EXTRA)
     torch = require("torch", EXTRA)
-    linear = torch.ops.aten.linear.default
+    linear = _operator("aten.linear.default")
     int8 = config.get_quant_config(config.Precision.A8W8, is_per_channel=True)
 
     class LinearsOnly(backend.EnnQuantizer):  # type: ignore[name-defined]
@@ -340,13 +353,17 @@ def quantize(program: "ExportedProgram", samples: Sequence[tuple["Tensor", ...]]
 
 
 def residency(lowered: Any, chip: str) -> Residency:
-    """Which operators of a lowered program the NPU's graphs hold: what the partitioner did, not a prediction."""
+    """Which operators of a lowered program the NPU's graphs hold: what the partitioner did, not a prediction.
+
+    Copies that the backend takes and removes (`removed` in exynos.toml) count as none.
+    """
     outside, inside = [], 0
+    removed = table()["partitioner"]["removed"]
     module = lowered.exported_program().graph_module
     for node in module.graph.nodes:
         if node.op == "get_attr" and hasattr(found := getattr(module, node.target), "original_module"):
             graph = found.original_module.graph_module.graph
-            inside += sum(_computes(inner) for inner in graph.nodes)
+            inside += sum(_computes(inner) and inner.target.__name__ not in removed for inner in graph.nodes)
         elif _computes(node):
             outside.append(node.target.__name__)
     return Residency(

@@ -5,13 +5,12 @@ that computes (exynos_torch.py, what is exported). What is predicted is thereby 
 """
 
 from collections.abc import Sequence
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from exporter.architecture import Architecture
 
 V = TypeVar("V")
 
-Silu = Literal["exact", "gelu", "hardswish"]
 MASKED = -1e4  # added to a score that must not count: exp makes 0 of it, and float16 can hold it
 
 
@@ -27,6 +26,10 @@ class Graph(Protocol[V]):
     def numbers(self, *values: float) -> V:
         """A constant vector."""
 
+    def table(self, name: str) -> V:
+        """A constant of the rotary embedding, a row per position: "cos" and "sin" [., dim/2], or, for a head's both
+        halves at once, "cos.both" (cos, cos) and "sin.both" (-sin, sin) [., dim]."""
+
     def input(self, name: str, *shape: int) -> V:
         """What the app gives in each call; the same name stands for the same value."""
 
@@ -41,12 +44,11 @@ class ExynosOps(Generic[V]):
     (update_cache) and fused attention (custom_sdpa), except where scores are capped, which that cannot do.
     True: only what the backend's table has (`exynos.toml`). The app then gives, for each call,
 
-    - `tokens` int64 [1, length]; `cos`, `sin` [1, 1, length, rope.dim]: (cos, cos) and (-sin, sin) at their positions;
+    - `tokens` int64 [1, length]; `positions` int64 [length];
     - `mask` [1, 1, length, past + length], and `mask.N` for layers with a window of N tokens: 0 or MASKED;
     - `past_k.I`, `past_v.I` [1, kv_heads, past, head_dim] for each layer I (rotated keys),
 
-    and stores what it gets, `k.I` and `v.I` [1, kv_heads, length, head_dim]. `silu` says by what that is rewritten:
-    the forms that are not exact are cheaper, see `exynos.toml`.
+    and stores what it gets, `k.I` and `v.I` [1, kv_heads, length, head_dim].
     """
 
     def __init__(
@@ -57,9 +59,8 @@ class ExynosOps(Generic[V]):
         length: int,
         past: int,
         rewrites: bool = True,
-        silu: Silu = "exact",
     ) -> None:
-        self.graph, self.arch, self.rewrites, self.silu = graph, arch, rewrites, silu
+        self.graph, self.arch, self.rewrites = graph, arch, rewrites
         self.length, self.past, self.total = length, past, past + length
         self._tables: dict[tuple[str, int], V] = {}
 
@@ -75,16 +76,18 @@ class ExynosOps(Generic[V]):
         return self.graph.call("aten.add.Tensor", x, y)
 
     def rms_norm(self, x: V, weight: str) -> V:
-        """In float16, x² overflows from |x| = 256 on, where the NPU computes the product so."""
-        square = self._mul(x, x) if self.rewrites else self.graph.call("aten.pow.Tensor_Scalar", x, 2)
-        mean = self.graph.call("aten.mean.dim", square, [-1], True)
+        """One operator, which leaves to the compiler how the mean of x² is kept in range: in float16, x² alone
+        overflows from |x| = 256 on. ExecuTorch's language models spell it out."""
+        if self.rewrites:
+            gain = self.graph.weight(weight)
+            return self.graph.call("aten.rms_norm.default", x, [self.arch.hidden], gain, self.arch.norm_eps)
+        mean = self.graph.call("aten.mean.dim", self._mul(x, x), [-1], True)
         power = self.add(mean, self.graph.numbers(self.arch.norm_eps))
         normed = self._mul(x, self.graph.call("aten.rsqrt.default", power))
         return self._mul(normed, self.graph.weight(weight))
 
     def linear(self, x: V, weight: str) -> V:
-        biased = weight.partition(".")[2].partition(".")[2] in self.arch.biases
-        bias = [self.graph.weight(weight + ".bias")] if biased else []
+        bias = [self.graph.weight(weight + ".bias")] if self.arch.has_bias(weight) else []
         return self.graph.call("aten.linear.default", x, self.graph.weight(weight), *bias)
 
     def linears(self, x: V, weights: Sequence[str]) -> list[V]:
@@ -95,8 +98,6 @@ class ExynosOps(Generic[V]):
         results are off by up to 5e-4."""
         if self.arch.activation != "silu":
             active = self.graph.call("aten.gelu.default", gate, approximate="tanh")
-        elif self.rewrites:
-            active = silu(self.graph, gate, self.silu)
         else:
             active = self._mul(gate, self.graph.call("aten.sigmoid.default", gate))
         return self._mul(active, up)
@@ -107,12 +108,7 @@ class ExynosOps(Generic[V]):
         return self.graph.call("aten.slice_copy.Tensor", x, 1, self.length - 1, self.length)
 
     def softcap(self, x: V, cap: float) -> V:
-        """cap * tanh(x / cap); tanh(y) = 2 sigmoid(2y) - 1. Near 0 that keeps absolute precision only: 2^-21 of
-        the cap in float32, about 2^-9 in float16."""
-        if not self.rewrites:
-            return self.scale(self.graph.call("aten.tanh.default", self.scale(x, 1 / cap)), cap)
-        share = sigmoid(self.graph, x, 2 / cap)
-        return self.add(self.scale(share, 2 * cap), self.graph.numbers(-cap))
+        return self.scale(self.graph.call("aten.tanh.default", self.scale(x, 1 / cap)), cap)
 
     def attention(self, q: V, k: V, v: V, layer: int) -> V:
         if not self.rewrites and not self.arch.attention_softcap:
@@ -183,10 +179,10 @@ class ExynosOps(Generic[V]):
         dim, size = self.arch.rope.dim, self.arch.head_dim
         first, second = self._slice(x, 0, dim // 2), self._slice(x, dim // 2, dim)
         if self.rewrites:
-            tables = [self.graph.input(name, 1, 1, self.length, dim) for name in ("cos", "sin")]
+            cos, sin = (self._rows(name, positions) for name in ("cos.both", "sin.both"))
             turned = self._slice(x, 0, dim) if dim < size else x
             swapped = self.graph.call("aten.cat.default", [second, first], -1)
-            rotated = self.add(self._mul(turned, tables[0]), self._mul(swapped, tables[1]))
+            rotated = self.add(self._mul(turned, cos), self._mul(swapped, sin))
         else:
             cos, sin = (self._rows(name, positions) for name in ("cos", "sin"))
             ahead = self.graph.call("aten.sub.Tensor", self._mul(first, cos), self._mul(second, sin))
@@ -197,13 +193,13 @@ class ExynosOps(Generic[V]):
         return self.graph.call("aten.cat.default", [rotated, self._slice(x, dim, size)], -1)
 
     def _rows(self, table: str, positions: int) -> V:
-        """The rows of a table [total, dim/2] inside the graph at the tokens' positions, read once for all layers."""
+        """The rows of a table at the tokens' positions, read once for all layers."""
         if (table, positions) in self._tables:
             return self._tables[table, positions]
-        half = self.arch.rope.dim // 2
+        columns = self.arch.rope.dim // (1 if self.rewrites else 2)
         indices = self.graph.input("positions", self.length)
-        rows = self.graph.call("aten.index.Tensor", self.graph.input(table, self.total, half), [indices])
-        shape = (1, 1, self.length, half) if positions == 2 else (1, self.length, 1, half)
+        rows = self.graph.call("aten.index.Tensor", self.graph.table(table), [indices])
+        shape = (1, 1, self.length, columns) if positions == 2 else (1, self.length, 1, columns)
         return self._tables.setdefault((table, positions), self._view(rows, *shape))
 
     def _mask(self, layer: int) -> V:
@@ -240,22 +236,3 @@ class ExynosOps(Generic[V]):
     def _slice(self, x: V, start: int, stop: int) -> V:
         """Elements [start, stop) of the last of four dimensions."""
         return self.graph.call("aten.slice_copy.Tensor", x, 3, start, stop)
-
-
-def sigmoid(graph: Graph[V], x: V, factor: float = 1.0) -> V:
-    """sigmoid(factor * x), exactly: softmax((factor * x, 0))[0], the pair made by one product."""
-    pair = graph.call(
-        "aten.mul.Tensor", graph.call("aten.unsqueeze_copy.default", x, -1), graph.numbers(factor, 0)
-    )
-    return graph.call("aten.select_copy.int", graph.call("aten._softmax.default", pair, -1, False), -1, 0)
-
-
-def silu(graph: Graph[V], x: V, form: Silu = "exact") -> V:
-    """x * sigmoid(x); "gelu" is off by up to 0.035 (gelu(y) is about y * sigmoid(1.702 y), arXiv:1606.08415),
-    "hardswish" by up to 0.143 (at x = ±3)."""
-    if form == "hardswish":
-        return graph.call("aten.hardswish.default", x)
-    if form == "gelu":
-        inner = graph.call("aten.mul.Tensor", x, graph.numbers(1 / 1.702))
-        return graph.call("aten.mul.Tensor", graph.call("aten.gelu.default", inner), graph.numbers(1.702))
-    return graph.call("aten.mul.Tensor", x, sigmoid(graph, x))

@@ -7,13 +7,13 @@ from typing import Any
 
 from exporter.architecture import Architecture
 from exporter.decoder import decoder
-from exporter.npu.exynos_ops import ExynosOps, Silu
+from exporter.npu.exynos_ops import ExynosOps
 
 Shape = tuple[int, ...]
 SCALE_BYTES = 4  # a row's scale, and a number of a norm's weight or a bias: float32
 _SAME_SHAPE = (
-    *("aten.rsqrt.default", "aten._softmax.default", "aten.gelu.default", "aten.hardswish.default"),
-    *("aten.sigmoid.default", "aten.tanh.default", "aten.pow.Tensor_Scalar"),
+    *("aten.rsqrt.default", "aten.rms_norm.default", "aten._softmax.default"),
+    *("aten.gelu.default", "aten.sigmoid.default", "aten.tanh.default"),
 )
 _BROADCAST = ("aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor")
 
@@ -41,7 +41,7 @@ class Operation:
 @dataclass
 class Recorder:
     """A `Graph` whose values are shapes. Also keeps what a module needs to compute the same: the names and shapes
-    of inputs, outputs and weights, and the constants."""
+    of inputs, outputs and weights, and the constants and rotary tables."""
 
     arch: Architecture
     operations: list[Operation] = field(default_factory=list)
@@ -49,6 +49,7 @@ class Recorder:
     outputs: dict[str, Value] = field(default_factory=dict)
     weights: dict[str, Shape] = field(default_factory=dict)
     constants: dict[tuple[float, ...], Shape] = field(default_factory=dict)
+    tables: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._shapes: dict[str, Shape] = {
@@ -71,6 +72,11 @@ class Recorder:
         self.constants[values] = (len(values),)
         return Value((len(values),))
 
+    def table(self, name: str) -> Value:
+        self.tables.add(name)
+        dim = self.arch.rope.dim
+        return Value((self.arch.context, dim if name.endswith(".both") else dim // 2))
+
     def input(self, name: str, *shape: int) -> Value:
         return self.inputs.setdefault(name, Value(shape, input=name))
 
@@ -78,12 +84,10 @@ class Recorder:
         self.outputs[name] = value
 
 
-def record(
-    arch: Architecture, *, length: int, past: int, rewrites: bool = True, silu: Silu = "exact"
-) -> Recorder:
+def record(arch: Architecture, *, length: int, past: int, rewrites: bool = True) -> Recorder:
     """Run the decoder on shapes; the logits are the last of the outputs."""
     recorder = Recorder(arch)
-    ops = ExynosOps(recorder, arch, length=length, past=past, rewrites=rewrites, silu=silu)
+    ops = ExynosOps(recorder, arch, length=length, past=past, rewrites=rewrites)
     recorder.output("logits", decoder(ops, arch, recorder.input("tokens", 1, length)))
     return recorder
 
@@ -131,10 +135,6 @@ def result_shape(target: str, args: Sequence[Any]) -> Shape:
         return tuple(args[1])
     if target == "aten.permute_copy.default":
         return tuple(first[i] for i in args[1])
-    if target == "aten.unsqueeze_copy.default":
-        return (*first, 1)
-    if target == "aten.select_copy.int":
-        return first[:-1]
     if target == "aten.slice_copy.Tensor":
         _, dim, start, stop = args
         return (*first[:dim], stop - start, *first[dim + 1 :])

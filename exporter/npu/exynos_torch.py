@@ -10,34 +10,36 @@ from torch import Tensor
 
 from exporter.architecture import Architecture
 from exporter.decoder import decoder
-from exporter.npu.exynos_ops import MASKED, ExynosOps, Silu
+from exporter.npu.exynos_ops import MASKED, ExynosOps
 from exporter.npu.exynos_record import Recorder, record
 from exporter.quantization.weights import Weights
 
 
 class ExynosDecoder(torch.nn.Module):
-    """`decoder` over `ExynosOps`, static: `length` tokens after `past` slots of the cache.
+    """`decoder` over `ExynosOps`, static: `length` tokens after `past` slots of the cache, at positions below
+    `context`. Graphs of one model that take turns need the same `context`: some rotary tables depend on it.
 
     Takes the tensors of `inputs` in their order and returns those of `outputs`: each layer's new keys and values,
     and the logits [1, 1, vocab]. All weights are dequantized to float32 and held in memory.
     """
 
-    def __init__(
-        self, arch: Architecture, weights: Weights, *, length: int, past: int, silu: Silu = "exact"
-    ) -> None:
+    def __init__(self, arch: Architecture, weights: Weights, *, length: int, past: int, context: int) -> None:
         super().__init__()
-        self.arch, self.length, self.past, self.silu = arch, length, past, silu
-        self.recorded: Recorder = record(arch, length=length, past=past, silu=silu)
+        self.arch, self.length, self.past = arch, length, past
+        self.recorded: Recorder = record(arch, length=length, past=past)
         matrices = dict(arch.matrices())
         for name in self.recorded.weights:
             rows = weights.matrix(name).dequantize() if name in matrices else weights.vector(name)
             self.register_buffer(_attribute(name), torch.from_numpy(np.ascontiguousarray(rows)))
         for values in self.recorded.constants:
             self.register_buffer(_attribute(values), torch.tensor(values, dtype=torch.float32))
+        for name, rows in rotary_tables(arch, context).items():
+            if name in self.recorded.tables:
+                self.register_buffer(_attribute(f"rotary.{name}"), torch.from_numpy(rows))
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes; all float32, `tokens` int64."""
+        """Names and shapes; all float32, `tokens` and `positions` int64."""
         return {name: value.shape for name, value in self.recorded.inputs.items()}
 
     @property
@@ -46,14 +48,14 @@ class ExynosDecoder(torch.nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         graph = TorchGraph(self, dict(zip(self.recorded.inputs, inputs, strict=True)))
-        ops = ExynosOps(graph, self.arch, length=self.length, past=self.past, silu=self.silu)
+        ops = ExynosOps(graph, self.arch, length=self.length, past=self.past)
         graph.output("logits", decoder(ops, self.arch, graph.input("tokens", 1, self.length)))
         return tuple(graph.outputs[name] for name in self.outputs)
 
     def export(self) -> torch.export.ExportedProgram:
         """The program that `exynos.lower` takes."""
         examples = [
-            torch.zeros(shape, dtype=torch.int64 if name == "tokens" else torch.float32)
+            torch.zeros(shape, dtype=torch.int64 if name in ("tokens", "positions") else torch.float32)
             for name, shape in self.inputs.items()
         ]
         return torch.export.export(self, tuple(examples))
@@ -79,6 +81,9 @@ class TorchGraph:
     def numbers(self, *values: float) -> Tensor:
         return self.module.get_buffer(_attribute(values))
 
+    def table(self, name: str) -> Tensor:
+        return self.module.get_buffer(_attribute(f"rotary.{name}"))
+
     def input(self, name: str, *shape: int) -> Tensor:
         return self.inputs[name]
 
@@ -86,28 +91,32 @@ class TorchGraph:
         self.outputs[name] = value
 
 
+def rotary_tables(arch: Architecture, context: int) -> dict[str, NDArray[np.float32]]:
+    """`exynos_ops.Graph.table` for positions 0 .. context-1, by name."""
+    cos, sin = arch.rope.tables(context)
+    return {
+        "cos": cos,
+        "sin": sin,
+        "cos.both": np.concatenate((cos, cos), -1),
+        "sin.both": np.concatenate((-sin, sin), -1),
+    }
+
+
 def app_inputs(
-    arch: Architecture,
     shapes: Mapping[str, Sequence[int]],
     tokens: Sequence[int],
     cache: Mapping[str, NDArray[np.float32]],
     cached: int,
-    context: int,
 ) -> dict[str, NDArray[Any]]:
     """What an app gives in a call, by name: `shapes` are `ExynosDecoder.inputs`.
 
     `tokens` follow `cached` earlier ones, whose keys and values are the first slots of `cache`, by the names of the
-    inputs (`past_k.0`, ...) [1, kv_heads, past, head_dim]. `context`: tokens that the rotary tables are for.
+    inputs (`past_k.0`, ...) [1, kv_heads, past, head_dim].
     """
     length = len(tokens)
     past = shapes[next(name for name in shapes if name.startswith("mask"))][-1] - length
     here = np.arange(cached, cached + length)
-    cos, sin = (table[here] for table in arch.rope.tables(context))
-    given: dict[str, NDArray[Any]] = {
-        "tokens": np.array([tokens], np.int64),
-        "cos": np.concatenate((cos, cos), -1)[None, None],
-        "sin": np.concatenate((-sin, sin), -1)[None, None],
-    }
+    given: dict[str, NDArray[Any]] = {"tokens": np.array([tokens], np.int64), "positions": here}
     slots = np.arange(past)
     keys = np.concatenate(
         (np.where(slots < cached, slots, cached + length), here)
