@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from exporter.architecture import Architecture, read_architecture
 from exporter.checkpoint import read_json
 from exporter.errors import GateFailed
-from exporter.formats import find_format
+from exporter.formats import NEURAL_ENGINE, find_format
 from exporter.residency import heavy_elsewhere
 from exporter.tokenizer import find_probes
 from runtimes import extras
@@ -50,6 +50,7 @@ class Bounds:
     tie: float
 
 
+HALF_BOUNDS = Bounds(largest=2e-2, mean=5e-3, tie=2e-2)  # every value rounded to float16
 FLOAT_BOUNDS = Bounds(largest=1e-3, mean=1e-4, tie=1e-3)  # float32 sums in another order
 
 
@@ -98,9 +99,11 @@ def _checks(bundle: Bundle, arch: Architecture, progress: Callable[[str], None])
         if not runs_here(variant):
             yield _not_run(variant)
             continue
+        if variant.delegate == NEURAL_ENGINE:
+            yield _rules(bundle, variant)
         weights = _weights(bundle, variant)
         progress("integers")
-        yield _integers(bundle, arch, weights)
+        yield _integers(bundle, variant, arch, weights)
         progress("tokens")
         yield from _tokens(bundle, variant, arch, weights, tokenizer)
 
@@ -122,6 +125,21 @@ def _residency(variant: Variant) -> Check:
     if heavy:
         detail = f"{found.accelerator} leaves {', '.join(heavy)} to portable kernels"
     return Check(name="residency", passed=not heavy, detail=detail)
+
+
+def _rules(bundle: Bundle, variant: Variant) -> Check:
+    """No package breaks a rule of the Neural Engine."""
+    from exporter.npu import ane
+
+    packages = dict.fromkeys(bundle.file(entry.file) for entry in variant.entry_points)
+    reports = [ane.check(package) for package in packages]
+    broken = [finding for report in reports for finding in (*report.broken, *report.unknown)]
+    detail = (
+        f"{len(reports)} package{'s keep' if len(reports) > 1 else ' keeps'} all {len(ane.rules())} rules"
+    )
+    if broken:
+        detail = f"{broken[0].found} at {broken[0].where} ({len(broken)} findings)"
+    return Check(name="rules", passed=not broken, detail=detail)
 
 
 def _not_run(variant: Variant) -> Check:
@@ -153,6 +171,12 @@ def _tokenizer(bundle: Bundle, tokenizer: Tokenizer) -> Check:
 def _weights(bundle: Bundle, variant: Variant) -> "Weights":
     """The weights as the variant's own files hold them."""
     path = bundle.file(variant.entry_points[0].file)
+    arch = read_architecture(read_json(bundle.file("config.json"), required=True))
+    if variant.format == "coreml":
+        from exporter.formats.coreml_weights import CoreMLWeights
+
+        packages = dict.fromkeys(bundle.file(entry.file) for entry in variant.entry_points)
+        return CoreMLWeights(packages, arch)
     if variant.format == "onnx":
         from exporter.formats.onnx_weights import OnnxWeights
 
@@ -160,10 +184,11 @@ def _weights(bundle: Bundle, variant: Variant) -> "Weights":
     extras.require("executorch.exir", "executorch")
     from exporter.formats.executorch_weights import ExecuTorchWeights
 
-    return ExecuTorchWeights(path, read_architecture(read_json(bundle.file("config.json"), required=True)))
+    return ExecuTorchWeights(path, arch)
 
 
-def _integers(bundle: Bundle, arch: Architecture, weights: "Weights") -> Check:
+def _integers(bundle: Bundle, variant: Variant, arch: Architecture, weights: "Weights") -> Check:
+    """Every matrix, and where a format keeps them in float32 every norm and bias, is what the quantizer found."""
     from exporter.quantization.tensor import vector_digest
 
     def digest(report: TensorReport) -> str:
@@ -172,7 +197,11 @@ def _integers(bundle: Bundle, arch: Architecture, weights: "Weights") -> Check:
         return weights.matrix(report.name).digest()
 
     reports = bundle.manifest.tensors
-    lost = {name for name, _ in (*arch.matrices(), *arch.vectors())} - {report.name for report in reports}
+    if variant.format == "coreml":
+        reports = tuple(report for report in reports if len(report.shape) == 2)
+    lost = {name for name, _ in (*arch.matrices(), *arch.vectors())} - {
+        r.name for r in bundle.manifest.tensors
+    }
     wrong = sorted(lost) + [report.name for report in reports if digest(report) != report.digest]
     detail = f"{len(reports)} weights hold the quantizer's own integers and scales"
     if wrong:
@@ -195,7 +224,7 @@ def _tokens(
     rounded, exact = _reference(arch, weights, variant, sequences, [len(prompt) for prompt in prompts])
     spread = np.maximum(exact.max(-1) - exact.min(-1), 1e-6)
     noise = np.abs(exact - rounded).max(-1) / spread
-    bounds = FLOAT_BOUNDS
+    bounds = HALF_BOUNDS if variant.format == "coreml" else FLOAT_BOUNDS
     if noise.any():
         bounds = rounding_bounds(noise)
         if variant.format == "executorch":

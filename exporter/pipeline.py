@@ -10,7 +10,7 @@ from typing import Any
 
 from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.formats import FORMATS, XNNPACK, find_delegate
+from exporter.formats import FORMATS, NEURAL_ENGINE, XNNPACK, find_delegate
 from exporter.gate import verify as run_gate
 from exporter.plan import Plan, make_plan
 from exporter.quantization.recipe import Recipe
@@ -120,8 +120,8 @@ def _write_variant(
         progress(f"quantize {name}", done, arch.parameters)
 
     weights = QuantizedWeights(source, plan.decisions, advance)
-    write = {"onnx": _write_onnx, "executorch": _write_executorch}[plan.format]
-    entry, cache, residency, tools = write(arch, weights, plan, delegate, text, folder)
+    write = {"onnx": _write_onnx, "executorch": _write_executorch, "coreml": _write_coreml}[plan.format]
+    entries, cache, residency, tools = write(arch, weights, plan, delegate, text, folder)
     one_chip = delegate and plan.device and find_delegate(delegate).for_a_chip
     chips = (plan.device.soc.id,) if one_chip and plan.device else ()
     variant = Variant(
@@ -133,7 +133,7 @@ def _write_variant(
         scheme=plan.scheme,
         context=plan.context,
         last_logits_only=plan.last_logits_only,
-        entry_points=(entry,),
+        entry_points=entries,
         kv_cache=cache,
         files=tuple(sorted(files_in(folder) - before)),
         residency=residency,
@@ -145,7 +145,7 @@ def _write_variant(
     }
 
 
-Written = tuple[EntryPoint, KVCache, Residency | None, tuple[str, ...]]
+Written = tuple[tuple[EntryPoint, ...], KVCache, Residency | None, tuple[str, ...]]
 
 
 def _write_onnx(
@@ -156,7 +156,7 @@ def _write_onnx(
 
     entry = write_onnx(arch, weights, plan.context, folder, plan.last_logits_only)
     write_genai_config(arch, text.tokens, entry, plan.context, folder)
-    return entry, kv_cache(arch), None, ("onnx",)
+    return (entry,), kv_cache(arch), None, ("onnx",)
 
 
 def _write_executorch(
@@ -170,12 +170,29 @@ def _write_executorch(
     tools = ("executorch", "torch")
     if delegate == XNNPACK:
         entry, residency = write_executorch(arch, weights, plan.context, folder, methods)
-        return entry, kv_cache(arch), residency, tools
+        return (entry,), kv_cache(arch), residency, tools
     from exporter.formats.executorch_traced import write_traced
 
     chip = plan.device.soc.id if plan.device else ""
     entry, residency = write_traced(arch, weights, plan.context, folder, delegate, methods, chip)
-    return entry, kv_cache(arch, "float16" if delegate != "vulkan" else "float32"), residency, tools
+    return (entry,), kv_cache(arch, "float16" if delegate != "vulkan" else "float32"), residency, tools
+
+
+def _write_coreml(
+    arch: Architecture, weights: QuantizedWeights, plan: Plan, delegate: str, text: TextSide, folder: Path
+) -> Written:
+    extras.require("coremltools", "coreml")
+    from exporter.formats.coreml import kv_cache, write_coreml
+    from exporter.formats.coreml_ane import write_coreml_ane
+    from exporter.npu import ane
+
+    write = write_coreml_ane if delegate == NEURAL_ENGINE else write_coreml
+    entries = write(arch, weights, plan.context, folder)
+    residency = None
+    if delegate == NEURAL_ENGINE:
+        packages = dict.fromkeys(folder / entry.file for entry in entries)
+        residency = ane.total([ane.check(package).prediction for package in packages])
+    return entries, kv_cache(arch), residency, ("coremltools",)
 
 
 def _manifest(source: Checkpoint, plan: Plan, text: TextSide, stage: Staging, made: list[Any]) -> Manifest:

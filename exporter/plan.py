@@ -5,14 +5,24 @@ No rule knows a device by its name.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import profiles
 from exporter.architecture import Architecture
 from exporter.errors import PlanRefused, RecipeError, UsageError
-from exporter.formats import FORMATS, XNNPACK, Delegate, Format, find_delegate, find_format
+from exporter.formats import (
+    APPLE_GPU,
+    FORMATS,
+    NEURAL_ENGINE,
+    XNNPACK,
+    Delegate,
+    Format,
+    find_delegate,
+    find_format,
+)
+from exporter.npu import ane
 from exporter.quantization.recipe import Decision, Fit, Recipe
 from exporter.quantization.scheme import Scheme, parse_scheme
 from profiles import Chip, Device
@@ -35,6 +45,8 @@ _SCHEMES = {
     "large": {
         "int4": "groups of 32 share a scale: under a third of float16's bytes, all of which each token reads",
         "int4-g128": "groups of 128 share a scale: int4, which has four times as many, leaves too little memory",
+        "pal4-g8": "8 outputs share a lookup table of 16 values: a quarter of float16's bytes, which the Neural Engine "
+        "unfolds as it multiplies",
     },
 }
 _FORMATS = {
@@ -42,14 +54,15 @@ _FORMATS = {
     "multiplies by the integers as they are stored",
     "executorch": "one program for Android, iOS and Linux that ExecuTorch's own LLM runner opens; XNNPACK packs the "
     "integers anew when it loads them",
+    "coreml": "a package for iOS 18 and macOS 15 that Xcode and Core ML open, for the Neural Engine or the GPU",
 }
 _CPU = {"onnx": "CPU (ONNX Runtime)", "executorch": "CPU (ExecuTorch, XNNPACK)"}
 # Why the NPU stands idle, by its kind.
 _BACKENDS = {
     "hexagon": "the {npu} NPU stands idle: this is made for the CPU; --delegate qualcomm reaches it, where Qualcomm's "
     "SDK is installed",
-    "ane": "this runs on the CPU; the {npu} is reached through Core ML, the better route on Apple's chips: --delegate "
-    "coreml goes there through ExecuTorch, a package of its own this version does not export",
+    "ane": "this runs on the CPU; the {npu} is reached through Core ML, the better route on Apple's chips: --format "
+    "coreml, or --delegate coreml within ExecuTorch",
     "exynos": "the {npu} stands idle: this is made for the CPU, and not for Samsung's compiler",
     "apu": "the {npu} stands idle: this is made for the CPU; --delegate mediatek reaches it, where MediaTek's SDK is "
     "installed",
@@ -142,8 +155,10 @@ def make_plan(
         UnknownDevice, AmbiguousDevice: see `profiles.find`.
     """
     target = profiles.find(device) if device is not None else None
-    form, why_format = _format(arch, format, delegate)
-    chosen_delegate = _delegate(form, delegate, target)
+    asked_rules = recipe.rules if recipe else Recipe.uniform(scheme).rules if scheme else ()
+    schemes = [parse_scheme(rule.scheme) for rule in asked_rules]
+    form, why_format = _format(arch, target, schemes, format, delegate)
+    chosen_delegate = _delegate(form, delegate, target, schemes)
     if recipe and (scheme or algorithm != "rtn"):
         raise UsageError("a recipe says scheme and algorithm itself: give a recipe, or those two")
     if context is not None and not SHORTEST <= context <= arch.context:
@@ -157,10 +172,12 @@ def make_plan(
         offered = {Recipe.uniform(scheme, algorithm): "as asked for"}
     else:
         size = "small" if arch.parameters < SMALL_MODEL else "large"
-        schemes = _default_schemes(size, chosen_delegate)
-        offered = {Recipe.uniform(name, algorithm): why for name, why in schemes.items()}
+        usual = _default_schemes(size, chosen_delegate)
+        offered = {Recipe.uniform(name, algorithm): why for name, why in usual.items()}
     delegates = _delegates(chosen_delegate, offered)
-    form = replace(form, fit=_fit(form, delegates))
+    offers = chosen_delegate.schemes if chosen_delegate else form.schemes
+    by_quality = tuple(sorted(offers, key=lambda name: -parse_scheme(name).bits))
+    form = replace(form, fit=_fit(form, delegates), schemes=by_quality)
     contexts = (context,) if context else _contexts(arch)
     chosen = _choose(arch, target, form, offered, contexts)
     if chosen is None:
@@ -170,8 +187,15 @@ def make_plan(
     return _plan(arch, target, form, delegates, chosen, why_format, offered[chosen.recipe], asked)
 
 
-def _format(arch: Architecture, asked: str | None, delegate: str | None) -> tuple[Format, str]:
-    """The format and why: the one asked for, else ONNX unless it cannot hold the model or has no such delegate."""
+def _format(
+    arch: Architecture,
+    device: Device | None,
+    schemes: Sequence[Scheme],
+    asked: str | None,
+    delegate: str | None,
+) -> tuple[Format, str]:
+    """The format and why: the one asked for, or that has the delegate; Core ML for Apple's devices, else ONNX unless
+    it cannot hold the model."""
     fits = arch.head_dim % HEAD_MULTIPLE == 0
     hindrance = (
         f"the model's attention heads have {arch.head_dim} dimensions, and onnxruntime's GroupQueryAttention takes "
@@ -183,46 +207,74 @@ def _format(arch: Architecture, asked: str | None, delegate: str | None) -> tupl
             raise PlanRefused(f"{hindrance}: export it with --format executorch")
         return form, _FORMATS[form.name]
     if delegate is not None:
-        return FORMATS["executorch"], f"the one that has delegates; {_FORMATS['executorch']}"
+        name = find_delegate(delegate).format
+        return FORMATS[name], f"the one that has delegate {delegate}; {_FORMATS[name]}"
+    if device is not None and device.os in ("ios", "macos") and _takes(find_delegate(APPLE_GPU), schemes):
+        return FORMATS["coreml"], f"{device.name} has Core ML; {_FORMATS['coreml']}"
     if not fits:
         return FORMATS["executorch"], f"{hindrance}; {_FORMATS['executorch']}"
     return FORMATS["onnx"], _FORMATS["onnx"]
 
 
-def _delegate(form: Format, asked: str | None, device: Device | None) -> Delegate | None:
-    """What an ExecuTorch program computes on; None for another format."""
-    if form.name != "executorch":
+def _delegate(
+    form: Format, asked: str | None, device: Device | None, schemes: Sequence[Scheme]
+) -> Delegate | None:
+    """What computes for the engine; None for a format that hands nothing on.
+
+    For an iPhone the Neural Engine, unless it cannot have the schemes that were asked for.
+    """
+    usual = {"executorch": XNNPACK, "coreml": APPLE_GPU}
+    if form.name == "coreml" and device and _has_neural_engine(device):
+        routed = find_delegate(ane.route(device).value)
+        usual["coreml"] = routed.name if _takes(routed, schemes) else APPLE_GPU
+    if form.name not in usual:
         if asked is not None:
-            raise UsageError(f"format {form.name} has no delegates: give --format executorch with --delegate")
+            raise UsageError(
+                f"format {form.name} has no delegates: give --format executorch or coreml with --delegate"
+            )
         return None
-    found = find_delegate(asked or XNNPACK)
+    found = find_delegate(asked or usual[form.name])
+    if found.format != form.name:
+        raise UsageError(
+            f"delegate {found.name} is for --format {found.format}, and {form.name} was asked for: drop one of them"
+        )
     if found.for_a_chip and device is None:
         raise PlanRefused(f"delegate {found.name} is compiled for a chip: say for which with --device")
     return found
+
+
+def _has_neural_engine(device: Device) -> bool:
+    return device.soc.npu is not None and device.soc.npu.kind == "ane"
+
+
+def _takes(delegate: Delegate, schemes: Sequence[Scheme]) -> bool:
+    """Whether the delegate can have weights of these schemes."""
+    try:
+        for scheme in schemes:
+            delegate.fit(scheme)
+    except RecipeError:
+        return False
+    return True
 
 
 def _default_schemes(size: str, delegate: Delegate | None) -> dict[str, str]:
     """Schemes to plan with and why, of those that the delegate takes."""
     usual = _SCHEMES[size]
     if delegate is None:
-        return usual
+        return {name: why for name, why in usual.items() if not parse_scheme(name).table}
     taken = {name: why for name, why in usual.items() if name in delegate.schemes}
     return taken or {delegate.schemes[0]: f"what {delegate.title} takes"}
 
 
 def _delegates(delegate: Delegate | None, recipes: Iterable[Recipe]) -> tuple[str, ...]:
-    """A variant for each: the delegate, and the CPU to fall back to if XNNPACK holds the same integers."""
+    """A variant for each: the delegate, and ExecuTorch's for the CPU to fall back to if it holds the same integers."""
     if delegate is None:
         return ()
     cpu = find_delegate(XNNPACK)
-    if delegate is cpu:
-        return (XNNPACK,)
-    try:
-        for rule in (rule for recipe in recipes for rule in recipe.rules):
-            cpu.fit(parse_scheme(rule.scheme))
-    except RecipeError:
+    if delegate is cpu or delegate.format != cpu.format:
         return (delegate.name,)
-    return (delegate.name, XNNPACK)
+    schemes = [parse_scheme(rule.scheme) for recipe in recipes for rule in recipe.rules]
+    return (delegate.name, XNNPACK) if _takes(cpu, schemes) else (delegate.name,)
 
 
 def _fit(form: Format, delegates: tuple[str, ...]) -> Fit:
@@ -305,7 +357,8 @@ def _decoder(arch: Architecture, decisions: Mapping[str, Decision]) -> Decoder:
     for name, shape in arch.matrices():
         scheme = decisions[name].scheme
         looked_up = name == "embedding"
-        weights.append(Weight(shape, scheme.bits, scheme.group, not looked_up or arch.tied, looked_up))
+        multiplied = not looked_up or arch.tied
+        weights.append(Weight(shape, scheme.bits, scheme.group, multiplied, looked_up, scheme.table))
     return Decoder(
         weights=tuple(weights),
         vectors=sum(length for _, length in arch.vectors()),
@@ -393,7 +446,7 @@ def _plan(
         *_deviations(chosen.recipe, chosen.decisions),
         _activations(form, delegates, chosen.decisions),
         _context(arch, device, chosen, asked),
-        _entry_points(delegates),
+        _entry_points(form, delegates),
         *_positions(arch, chosen.context),
         *_windows(arch, chosen.context),
         _threads(device),
@@ -435,6 +488,10 @@ def _plan(
 
 
 def _backend(device: Device | None, form: Format, delegates: tuple[str, ...]) -> Choice:
+    if form.name == "coreml":
+        return Choice(
+            topic="backend", value=find_delegate(delegates[0]).title, reason=_layout(device, delegates[0])
+        )
     cpu = _CPU[form.name]
     if delegates and delegates[0] != XNNPACK:
         fallback = (
@@ -447,6 +504,19 @@ def _backend(device: Device | None, form: Format, delegates: tuple[str, ...]) ->
     npu = device.soc.npu if device else None
     why = _BACKENDS[npu.kind].format(npu=npu.name) if npu else "runs on every phone and computer"
     return Choice(topic="backend", value=cpu, reason=why)
+
+
+def _layout(device: Device | None, delegate: str) -> str:
+    """Why a Core ML package is laid out as it is."""
+    never = "written here, and evaluated operation by operation, never run on Apple's hardware"
+    other = APPLE_GPU if delegate == NEURAL_ENGINE else NEURAL_ENGINE
+    if device is not None and _has_neural_engine(device) and (route := ane.route(device)).value == delegate:
+        return f"{route.reason} (--delegate {other}); {never}"
+    what = {
+        NEURAL_ENGINE: "1x1 convolutions, lookup tables or one scale for each output, two states",
+        APPLE_GPU: "linear layers with integers in groups, which the Neural Engine does not take",
+    }[delegate]
+    return f"{what}; --delegate {other} is the other layout; {never}"
 
 
 def _npu(arch: Architecture, device: Device | None, form: Format, context: int) -> Iterator[Choice]:
@@ -475,8 +545,8 @@ def _deviations(recipe: Recipe, decisions: Mapping[str, Decision]) -> Iterator[C
 
 def _activations(form: Format, delegates: tuple[str, ...], decisions: Mapping[str, Decision]) -> Choice:
     if delegates and delegates[0] != XNNPACK:
-        why = f"{find_delegate(delegates[0]).title} unfolds the integers where it multiplies by them"
-        return Choice(topic="activations", value="float", reason=why)
+        why = f"{find_delegate(delegates[0]).title} unfolds the weights where it multiplies by them"
+        return Choice(topic="activations", value="float16" if form.name == "coreml" else "float", reason=why)
     kinds = sorted({decision.scheme.activations for decision in decisions.values()}, reverse=True)
     reasons = [_ACTIVATIONS[kind].format(scale=_ROUNDED[form.name]) for kind in kinds]
     return Choice(topic="activations", value=" and ".join(kinds), reason="; ".join(reasons))
@@ -496,7 +566,10 @@ def _context(arch: Architecture, device: Device | None, chosen: _Candidate, aske
     return Choice(topic="context", value=f"{chosen.context} tokens", reason=why)
 
 
-def _entry_points(delegates: tuple[str, ...]) -> Choice:
+def _entry_points(form: Format, delegates: tuple[str, ...]) -> Choice:
+    if form.name == "coreml":
+        why = "shapes are fixed: a prompt goes in chunks of 64 tokens, the last one padded, and then token by token"
+        return Choice(topic="entry points", value="prefill and decode", reason=why)
     if delegates and not find_delegate(delegates[0]).any_length:
         why = "its compiler wants fixed shapes, and two graphs would have a KV cache each: a prompt goes token by token"
         return Choice(topic="entry points", value="decode", reason=why)

@@ -35,7 +35,8 @@ class Staging:
         done = self._steps.get(name)
         if done and all(self._intact(FileEntry(**entry)) for entry in done["files"]):
             return done["result"]
-        before = {entry["path"] for step in self._steps.values() for entry in step["files"]}
+        others = [step for other, step in self._steps.items() if other != name]
+        before = {entry["path"] for step in others for entry in step["files"]}
         self._remove(self._files() - before)
         try:
             result = make(self.folder)

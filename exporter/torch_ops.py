@@ -146,10 +146,13 @@ def round_by_token(x: Tensor, group: int | None) -> Tensor:
     return (((x * scale).round() + zero).clamp(-128, 127) - zero) / scale
 
 
-ROUNDINGS = {
-    "onnxruntime": round_by_group,
-    "executorch": round_by_token,
-}  # how each engine rounds activations
+def unrounded(x: Tensor, group: int | None) -> Tensor:
+    """As it is."""
+    return x
+
+
+# How each engine rounds activations to int8, if it does.
+ROUNDINGS = {"onnxruntime": round_by_group, "executorch": round_by_token, "coreml": unrounded}
 
 
 def _rows(matrix: QuantizedTensor, start: int, stop: int) -> Tensor:

@@ -99,7 +99,7 @@ class TensorSpec(Strict):
 
 
 class EntryPoint(Strict):
-    """A graph that can be run: `prefill`, `decode`, or one graph that does both."""
+    """A graph that can be run: `prefill`, `decode`, or one graph that does both. `file` may be a folder of files."""
 
     name: str
     file: RelativePath
@@ -214,8 +214,9 @@ class Manifest(Strict):
         listed = [entry.path for entry in self.files]
         if len(set(listed)) != len(listed):
             raise ValueError("a file is listed twice")
+        folders = {str(parent) for path in listed for parent in PurePosixPath(path).parents}
         needed = {path for v in self.variants for path in (*v.files, *(e.file for e in v.entry_points))}
-        if missing := sorted(needed - set(listed)):
+        if missing := sorted(needed - set(listed) - folders):
             raise ValueError(f"variants use files that are not listed: {', '.join(missing)}")
         return self
 

@@ -48,7 +48,8 @@ def check(bundle: Bundle, variant: Variant) -> None:
     Raises ChecksumError (one has changed) or BundleError (one cannot be read, or the manifest does not list it).
     """
     entries = {entry.path: entry for entry in bundle.manifest.files}
-    for path in sorted({TOKENIZER, *variant.files, *(entry.file for entry in variant.entry_points)}):
+    graphs = {entry.file for entry in variant.entry_points if not bundle.file(entry.file).is_dir()}
+    for path in sorted({TOKENIZER, *variant.files, *graphs}):
         if path not in entries:
             raise BundleError(
                 f"{bundle.path} has no checksum for {path}: it may be any file; export the bundle again"

@@ -13,14 +13,15 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any, Literal
 
-Kind = Literal["grouped", "channel", "float16", "float32"]
-FLOAT = 4  # bytes of a float32
+Kind = Literal["grouped", "channel", "table", "float16", "float32"]
+FLOAT, HALF = 4, 2  # bytes of a float32, a float16
 CONVERSATION = 512  # tokens in the KV cache for which decoding is predicted
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight matrix of `shape` (outputs, inputs) as it is stored; `group`: inputs that share a float32 scale.
+    """A weight matrix of `shape` (outputs, inputs) as it is stored; `group`: inputs that share a float32 scale, or
+    of a `table` of float16 numbers, outputs that share it.
 
     `multiplied`: a product reads all of it for each token; `looked_up`: it is read row by row, as an embedding.
     """
@@ -30,9 +31,12 @@ class Weight:
     group: int | None
     multiplied: bool = True
     looked_up: bool = False
+    table: bool = False
 
     @property
     def kind(self) -> Kind:
+        if self.table:
+            return "table"
         if self.bits > 8:
             return "float16" if self.bits == 16 else "float32"
         return "grouped" if self.group else "channel"
@@ -42,6 +46,8 @@ class Weight:
         outputs, inputs = self.shape
         count = outputs * inputs
         scales = 0 if self.bits > 8 else outputs * (inputs // self.group if self.group else 1) * FLOAT
+        if self.table:
+            scales = (outputs // self.group if self.group else 1) * 2**self.bits * HALF
         return {"data": count * self.bits // 8, "scales": scales, "floats": count * FLOAT}
 
 
@@ -125,7 +131,7 @@ def predict(
     return Prediction(
         file=_file(decoder, costs, context),
         memory=_memory(decoder, costs, context),
-        cache=_cache(decoder, context),
+        cache=_cache(decoder, costs, context),
         streamed=streamed,
         decode=_decode(streamed.value, costs, bandwidth) if bandwidth else None,
     )
@@ -142,7 +148,7 @@ def _file(decoder: Decoder, costs: dict[str, Any], context: int) -> Estimate:
     return Estimate(
         "file",
         "bytes",
-        end + decoder.vectors * FLOAT + graph,
+        end + decoder.vectors * costs["float_bytes"] + graph,
         "weights with their scales, norms and biases, the tables of the rotary embedding, the graph",
     )
 
@@ -159,9 +165,13 @@ def _stored(weight: Weight, costs: dict[str, Any]) -> Iterator[int]:
 
 
 def _memory(decoder: Decoder, costs: dict[str, Any], context: int) -> Estimate:
-    held = costs["session_bytes"] + decoder.vectors * FLOAT + _total(decoder.weights, costs, "held")
+    held = (
+        costs["session_bytes"]
+        + decoder.vectors * costs["float_bytes"]
+        + _total(decoder.weights, costs, "held")
+    )
     loading = max((_bytes(weight, costs, "loading") for weight in _multiplied(decoder.weights)), default=0.0)
-    cache = _cache_bytes(decoder, context)
+    cache = _cache_bytes(decoder, costs, context)
     activations = _activations(decoder, costs, context)
     running = cache + activations
     value = held + max(loading, running)
@@ -185,23 +195,23 @@ def _activations(decoder: Decoder, costs: dict[str, Any], context: int) -> float
     alive = chunk * (2 * decoder.hidden + mlp + attention)
     if decoder.softcap:
         alive += decoder.heads * chunk * context  # the scores, as a whole
-    return costs["activation_copies"] * alive * FLOAT
+    return costs["activation_copies"] * alive * costs["float_bytes"]
 
 
-def _cache(decoder: Decoder, context: int) -> Estimate:
+def _cache(decoder: Decoder, costs: dict[str, Any], context: int) -> Estimate:
     explain = (
         f"2 x {decoder.layers} layers x {decoder.kv_heads} key/value heads x {decoder.head_dim} x {context} tokens "
-        "x 4 bytes (part of the peak memory)"
+        f"x {costs['float_bytes']} bytes (part of the peak memory)"
     )
-    return Estimate("KV cache", "bytes", _cache_bytes(decoder, context), explain)
+    return Estimate("KV cache", "bytes", _cache_bytes(decoder, costs, context), explain)
 
 
-def _cache_bytes(decoder: Decoder, tokens: int) -> int:
-    return 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * tokens * FLOAT
+def _cache_bytes(decoder: Decoder, costs: dict[str, Any], tokens: int) -> int:
+    return int(2 * decoder.layers * decoder.kv_heads * decoder.head_dim * tokens * costs["float_bytes"])
 
 
 def _streamed(decoder: Decoder, costs: dict[str, Any], tokens: int) -> Estimate:
-    value = _total(decoder.weights, costs, "streamed") + _cache_bytes(decoder, tokens)
+    value = _total(decoder.weights, costs, "streamed") + _cache_bytes(decoder, costs, tokens)
     explain = f"every weight that is multiplied, and the KV cache of {tokens} tokens"
     return Estimate("read per token", "bytes", value, explain)
 

@@ -74,6 +74,27 @@ def _refuse_tables(scheme: Scheme, engine: str) -> None:
         )
 
 
+def _core_ml_gpu(scheme: Scheme) -> tuple[Scheme, str]:
+    """Floats in 16 bits, integers in groups or per channel, tables: constexpr_* in iOS 18's operators."""
+    if scheme.bits == 32:
+        raise RecipeError("Core ML computes in float16: use fp16, or integers")
+    return replace(scheme, activations="float32"), ""
+
+
+def _core_ml_ane(scheme: Scheme) -> tuple[Scheme, str]:
+    """As the GPU, but no scale for a part of an output: there the Neural Engine gives wrong numbers (npu/ane.toml)."""
+    scheme, _ = _core_ml_gpu(scheme)
+    if scheme.is_integer and scheme.bits == 8 and scheme.group:
+        return replace(
+            scheme, group=None
+        ), "the Neural Engine takes 8-bit weights with one scale for each output"
+    if scheme.is_integer and scheme.group:
+        raise RecipeError(
+            f"the Neural Engine takes no scales for groups of inputs ({scheme.name}): use pal4-g8 or int8"
+        )
+    return scheme, ""
+
+
 FORMATS = {
     format.name: format
     for format in (
@@ -81,15 +102,16 @@ FORMATS = {
         Format(
             "executorch", "executorch", "executorch", ("executorch",), ("int8", "int4", "int4-g128"), _xnnpack
         ),
+        Format("coreml", "coreml", "coreml", ("coremltools",), ("fp16", "int8", "int4"), _core_ml_gpu),
     )
 }
 
 
 @dataclass(frozen=True)
 class Delegate:
-    """What an ExecuTorch program computes on. `title`: for a plan. `schemes`: what is planned, the first that is
-    wanted; `fit`: as a format's. `any_length`: a run takes any number of tokens, otherwise one. `for_a_chip`: what
-    is compiled runs on one chip alone."""
+    """What computes for an engine that hands that on. `title`: for a plan. `schemes`: what is planned, the first
+    that is wanted; `fit`: as a format's. `any_length`: a run takes any number of tokens, otherwise one.
+    `for_a_chip`: what is compiled runs on one chip alone. `format`: whose delegate it is."""
 
     name: str
     title: str
@@ -97,9 +119,11 @@ class Delegate:
     fit: Fit
     any_length: bool = True
     for_a_chip: bool = False
+    format: str = "executorch"
 
 
 XNNPACK = "xnnpack"
+NEURAL_ENGINE, APPLE_GPU = "ane", "gpu"
 DELEGATES = {
     delegate.name: delegate
     for delegate in (
@@ -110,6 +134,10 @@ DELEGATES = {
         ),
         Delegate("qualcomm", "Hexagon NPU (ExecuTorch, QNN)", ("fp16",), _half, False, True),
         Delegate("mediatek", "APU (ExecuTorch, NeuroPilot)", ("fp16",), _half, False, True),
+        Delegate(
+            NEURAL_ENGINE, "Neural Engine (Core ML)", ("int8", "pal4-g8"), _core_ml_ane, format="coreml"
+        ),
+        Delegate(APPLE_GPU, "GPU (Core ML)", ("int8", "int4", "fp16"), _core_ml_gpu, format="coreml"),
     )
 }
 

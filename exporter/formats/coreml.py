@@ -55,14 +55,13 @@ class MilOps(ProgramOps):
         eps = self.binary("real_div", np.float16(math.sqrt(self.arch.norm_eps)), largest)
         power = self.binary("add", power, self.binary("mul", eps, eps))
         root = self.f.op("rsqrt", "fp16", power.shape, x=power, epsilon=np.float16(0))
-        vector = self.weights.vector(weight).astype(np.float16)
-        return self.binary("mul", self.binary("mul", y, root), vector)
+        return self.binary("mul", self.binary("mul", y, root), self.vector(weight))
 
     def linear(self, x: Var, weight: str) -> Var:
         out = (*x.shape[:-1], self._shapes[weight][0])
         bias: dict[str, Any] = {}
         if self.arch.has_bias(weight):
-            bias["bias"] = self.weights.vector(f"{weight}.bias").astype(np.float16)
+            bias["bias"] = self.vector(f"{weight}.bias")
         return self.f.op("linear", "fp16", out, x=x, weight=self.matrix(weight), **bias)
 
     def last(self, x: Var) -> Var:

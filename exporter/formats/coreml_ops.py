@@ -208,6 +208,11 @@ class ProgramOps(ABC):
             type = "constexpr_blockwise_shift_scale"
         return self.f.constexpr(type, "fp16", shape, name=key, **numbers)
 
+    def vector(self, name: str, shape: Sequence[int] = (-1,)) -> Var:
+        """A norm's weight or a bias, in float16."""
+        values = self.weights.vector(name).astype(np.float16).reshape(shape)
+        return self.f.const(self._blob(name, "fp16", values.shape, lambda: values))
+
     def _once(self, name: str) -> "_Once":
         """The weight asked for last is kept for its other parts, and no other."""
         if self._kept.name != name:

@@ -7,6 +7,7 @@ Layout: apple/coremltools, mlmodel/format/MIL.proto and Model.proto; coremltools
 
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ Kind = Literal[
     "fp16", "fp32", "int32", "bool", "int8", "int4", "uint8", "uint6", "uint4", "uint3", "uint2", "string"
 ]
 SPECIFICATION, OPSET = 9, "CoreML8"  # iOS 18, macOS 15
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")  # keys that are names of weights
 _INLINE = 32  # elements up to which a constant stays in the program
 _MODEL, _WEIGHTS = "com.apple.CoreML/model.mlmodel", "com.apple.CoreML/weights"
 _TYPES = {
@@ -64,8 +66,9 @@ class Var:
 
 @dataclass(frozen=True)
 class Blob:
-    """Where data lies in the weight file."""
+    """Where data lies in the weight file, and the key under which it was put there."""
 
+    key: str
     kind: Kind
     shape: tuple[int, ...]
     offset: int
@@ -84,7 +87,7 @@ class Package:
         self._blobs: dict[str, Blob] = {}
         weights = path / "Data" / _WEIGHTS
         weights.mkdir(parents=True)
-        self._writer = _BlobStorageWriter(str(weights / "weight.bin"))
+        self._writer: Any = _BlobStorageWriter(str(weights / "weight.bin"))
 
     def function(self, name: str) -> "MilFunction":
         """A new function; all share states and weights."""
@@ -98,12 +101,13 @@ class Package:
             names = {"fp16": "fp16", "fp32": "float"}
             write = getattr(self._writer, f"write_{names.get(kind, kind)}_data")
             offset = write(data.view(np.uint16) if kind == "fp16" else data)
-            self._blobs[key] = Blob(kind, tuple(shape), offset)
+            self._blobs[key] = Blob(key, kind, tuple(shape), offset)
             self.size += data.size * _bits(kind) // 8
         return self._blobs[key]
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the program and the package's manifest; `metadata` are texts for whoever opens it."""
+        self._writer = None  # which completes the weight file
         program = MIL_pb2.Program(
             version=1, functions={function.name: function.proto() for function in self.functions}
         )
@@ -162,7 +166,7 @@ class MilFunction:
         """Append an operation on constants, which a runtime may leave undone until it needs them."""
         if name in self._constants:
             return self._constants[name]
-        out = Var(self._fresh(type), kind, tuple(shape))
+        out = Var(identifier(name), kind, tuple(shape))
         arguments = {}
         for key, value in inputs.items():
             binding = (
@@ -178,7 +182,7 @@ class MilFunction:
     def const(self, value: Blob | NDArray[Any] | np.generic | str | bool | int) -> Var:
         """A constant; one that is large goes to the weight file."""
         if isinstance(value, Blob):
-            return self._constant(f"blob {value.offset}", _file_value(value), value.kind, value.shape)
+            return self._constant(value.key, _file_value(value), value.kind, value.shape)
         if isinstance(value, str):
             return self._constant(f"string {value}", _string(value), "string", ())
         array = np.asarray(np.int32(value) if type(value) is int else value)
@@ -238,7 +242,8 @@ class MilFunction:
 
     def _constant(self, key: str, value: Any, kind: Kind, shape: tuple[int, ...]) -> Var:
         if key not in self._constants:
-            out = Var(self._fresh("const"), kind, tuple(shape))
+            name = identifier(key) if _NAME.fullmatch(key) else self._fresh("const")
+            out = Var(name, kind, tuple(shape))
             self.operations.append(
                 MIL_pb2.Operation(
                     type="const",
@@ -252,6 +257,11 @@ class MilFunction:
     def _fresh(self, type: str) -> str:
         self._count += 1
         return f"{type}_{self._count}"
+
+
+def identifier(key: str) -> str:
+    """A weight's key as MIL lets values be named: layers.0.mlp.up -> layers_0_mlp_up."""
+    return key.replace(".", "_")
 
 
 def _type(kind: Kind, shape: Sequence[int]) -> Any:

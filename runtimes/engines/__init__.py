@@ -70,8 +70,9 @@ class _Entry:
 ENGINES = {
     "onnxruntime": _Entry(library="onnxruntime", extra="run"),
     "executorch": _Entry(library="executorch", extra="executorch", fragile=True),
+    "coreml": _Entry(library="coremltools", extra="coreml"),
 }
-_HERE = ("", "xnnpack")  # delegates that compute on the CPU
+_HERE = ("", "xnnpack", "ane", "gpu")  # delegates that compute here, or are evaluated
 
 
 def choose_variant(bundle: Bundle, name: str | None = None) -> tuple[Variant, Choice]:

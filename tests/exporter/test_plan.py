@@ -112,11 +112,8 @@ def choice(plan: Plan, topic: str) -> Choice:
         ("Llama-3.2-1B", None, "int4", 4096),
         ("Qwen2.5-7B", "Galaxy S24 Ultra", "int4", 2048),  # 4096 would pass 80 % of the memory
         ("Qwen2.5-7B", "Pixel 8", "int4-g128", 1024),
-        ("Phi-3-mini-4k", "iPhone 14", "int4-g128", 512),
-        ("Phi-3-mini-4k", "iPhone 16 Pro", "int4-g128", 1024),
         ("gemma-2-2b", "갤럭시 S25 울트라", "int4", 4096),
         ("small", "Galaxy S24 Ultra", "int8", 512),
-        ("small", "iPhone 14", "int8", 512),
         ("small", None, "int8", 512),
     ],
 )
@@ -128,6 +125,32 @@ def test_scheme_and_context_follow_from_model_and_memory(
     assert (plan.format, plan.engine, plan.last_logits_only) == ("onnx", "onnxruntime", True)
     assert plan.decisions == Recipe.uniform(scheme).resolve(architecture(model))
     assert all(made.value and made.reason for made in plan.choices)
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "delegate", "scheme", "context"),
+    [
+        ("Phi-3-mini-4k", "iPhone 14", "ane", "pal4-g8", 1024),
+        ("Phi-3-mini-4k", "iPhone 16 Pro", "ane", "pal4-g8", 2048),
+        ("Llama-3.2-1B", "iPhone 16 Pro", "ane", "pal4-g8", 4096),
+        ("Llama-3.2-1B", "MacBook Air M2", "gpu", "int4", 4096),
+        ("small", "iPhone 14", "ane", "int8", 512),
+    ],
+)
+def test_apples_devices_get_core_ml(
+    model: str, device: str, delegate: str, scheme: str, context: int
+) -> None:
+    plan = make_plan(architecture(model), device=device)
+    assert (plan.format, plan.engine, plan.delegates) == ("coreml", "coreml", (delegate,))
+    assert (plan.scheme, plan.context) == (scheme, context)
+    assert f"--delegate {'gpu' if delegate == 'ane' else 'ane'}" in choice(plan, "backend").reason
+
+
+def test_schemes_that_the_neural_engine_cannot_have_go_to_the_gpu_or_the_cpu() -> None:
+    assert make_plan(architecture("small"), device="iPhone 14", scheme="int4").delegates == ("gpu",)
+    assert make_plan(architecture("small"), device="iPhone 14", scheme="fp32").format == "onnx"
+    with pytest.raises(RecipeError, match="no scales for groups of inputs"):
+        make_plan(architecture("small"), device="iPhone 14", scheme="int4", delegate="ane")
 
 
 def test_every_topic_has_its_choice() -> None:
@@ -155,14 +178,14 @@ def test_what_is_asked_for_is_planned() -> None:
         ("Galaxy S24 Ultra", ("Hexagon NPU stands idle", "CPU")),
         ("galaxy-s24-exynos", ("Exynos NPU (17K MAC) stands idle", "Samsung")),
         ("Pixel 9", ("Tensor Processing Unit stands idle", "CPU")),
-        ("iPhone 14", ("on the CPU", "Core ML", "does not export")),
+        ("iPhone 14", ("on the CPU", "--format coreml")),
         ("MacBook Air M2", ("on the CPU", "Core ML")),
         ("Raspberry Pi 5", ("every phone and computer",)),
         (None, ("every phone and computer",)),
     ],
 )
 def test_the_backend_says_what_stands_idle(device: str | None, words: tuple[str, ...]) -> None:
-    backend = choice(make_plan(architecture("Llama-3.2-1B"), device=device), "backend")
+    backend = choice(make_plan(architecture("Llama-3.2-1B"), device=device, format="onnx"), "backend")
     assert backend.value == "CPU (ONNX Runtime)"
     assert all(word in backend.reason for word in words)
 
@@ -192,7 +215,7 @@ def test_threads_are_the_fast_cores() -> None:
 
 
 def test_tight_memory_is_a_warning() -> None:
-    plan = make_plan(architecture("Phi-3-mini-4k"), device="iPhone 14")
+    plan = make_plan(architecture("Phi-3-mini-4k"), device="iPhone 14", format="onnx")
     (warning,) = plan.warnings
     assert warning.startswith("tight: 2.6 GB is 9")
     assert "iPhone 14" in warning
@@ -264,14 +287,14 @@ def test_a_recipe_is_followed_and_told() -> None:
     [
         (
             "Phi-3-mini-4k",
-            {"device": "iPhone 14", "scheme": "int8"},
+            {"device": "iPhone 14", "scheme": "int8", "format": "onnx"},
             r"at int8 with a context of 256 tokens needs 4\.9 GB, but on iPhone 14 it may use 2\.9 GB "
             r"\(3\.0 GiB is 50% of 6 GiB of RAM; .*increased-memory-limit; 300 MB .*\): "
             r"int4-g128 with up to 512 tokens fits$",
         ),
         (
             "Qwen2.5-7B",
-            {"device": "iPhone 14"},
+            {"device": "iPhone 14", "format": "onnx"},
             r"\(7\.6 B parameters\) .*: no scheme makes it fit \(int4-g128 with 256 tokens needs .*\), "
             r"take a model of up to about 5\.\d B parameters$",
         ),
