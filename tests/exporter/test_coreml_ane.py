@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -241,6 +242,29 @@ def test_the_same_model_gives_the_same_bytes(quantized, tmp_path):
         ]
 
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+# the program
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("gemma2", "pal4-g8"), ("llama-biases", "int8-channel"), ("qwen2", "fp16")]
+)
+def test_coremltools_own_loader_finds_the_same_shapes(name, scheme, quantized, tmp_path):
+    """It builds each operation anew, which checks its arguments, and infers what comes out."""
+    load = importlib.import_module("coremltools.converters.mil.frontend.milproto.load").load
+    tools = importlib.import_module("coremltools")
+    arch, weights = quantized(name, scheme)
+    cut = dataclasses.replace(limits(), axis=300)
+    (path,) = {tmp_path / e.file for e in write_coreml_ane(arch, weights, CONTEXT, tmp_path, cut)}
+    model = tools.models.MLModel(str(path), skip_model_load=True)
+    spec = model.get_spec()
+    program = load(spec, spec.specificationVersion, model.weights_dir)
+    for function in open_package(path).functions.values():
+        built = program.functions[function.name].operations
+        inferred = {out.name: tuple(out.shape) for operation in built for out in operation.outputs}
+        declared = {value: kind.shape for op in function.operations for value, kind in op.outputs}
+        assert declared == {value: inferred[value] for value in declared}
 
 
 # parts and pieces
