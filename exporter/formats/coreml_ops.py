@@ -44,6 +44,7 @@ class ProgramOps(ABC):
         self._states = {part: function.state(f"{part}_cache", shape) for part in ("key", "value")}
         self._end = function.op("add", "int32", (1,), x=self.position, y=np.array([length], np.int32))
         self._cos, self._sin = self._rope_rows()
+        self._places: dict[int, tuple[Var, Var]] = {}
         self._masks: dict[int, Var] = {}
         self._kept = _Once(weights, "")
 
@@ -119,7 +120,8 @@ class ProgramOps(ABC):
 
     def _remember(self, part: str, new: Var, layer: int) -> Var:
         """Put [1, kv_heads, length, head_dim] into a state's layer; returns all of that layer."""
-        arch, state, layer = self.arch, self._states[part], self._layers.index(layer)
+        state, layer = self._states[part], self._layers.index(layer)
+        begin, end = self._place(layer)
         held = self._held.get(part) or self.f.read(state)
         # What the next layer reads is what this one wrote: reading the state anew could be moved before it.
         self._held[part] = self.f.write(
@@ -130,8 +132,8 @@ class ProgramOps(ABC):
                 state.shape,
                 x=held,
                 update=new,
-                begin=self.concat_ints([layer, 0], self.position, [0]),
-                end=self.concat_ints([layer + 1, arch.kv_heads], self._end, [arch.head_dim]),
+                begin=begin,
+                end=end,
             ),
         )
         return self.f.op(
@@ -142,6 +144,15 @@ class ProgramOps(ABC):
             begin=np.array([layer, 0, 0, 0], np.int32),
             end=np.array([layer + 1, *state.shape[1:]], np.int32),
         )
+
+    def _place(self, layer: int) -> tuple[Var, Var]:
+        """Where this run's keys and values begin and end in a state: the same in both."""
+        if layer not in self._places:
+            self._places[layer] = (
+                self.concat_ints([layer, 0], self.position, [0]),
+                self.concat_ints([layer + 1, self.arch.kv_heads], self._end, [self.arch.head_dim]),
+            )
+        return self._places[layer]
 
     def _rotate(self, x: Var) -> Var:
         """Rotary embedding of [1, heads, length, head_dim]: (a, b) -> (a cos - b sin, b cos + a sin)."""
