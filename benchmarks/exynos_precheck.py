@@ -62,9 +62,7 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed")
     arguments = parser.parse_args()
-    rows = [
-        row(name, arch, rewrites) for name, arch in architectures().items() for rewrites in (False, True)
-    ]
+    rows = [row(name, arch, rewrites) for name, arch in architectures().items() for rewrites in (False, True)]
     table(f"What the NPU of {CHIP} would compute (a prediction)", rows)
     bounds = [
         Bound(f"{each['model']}: MACs in % with rewrites", float(each["MACs, %"]), 99, at_least=True)

@@ -173,10 +173,9 @@ def _weights(bundle: Bundle, variant: Variant) -> "Weights":
     path = bundle.file(variant.entry_points[0].file)
     arch = read_architecture(read_json(bundle.file("config.json"), required=True))
     if variant.format == "coreml":
-        from exporter.formats.coreml_weights import CoreMLWeights
+        from exporter.formats.coreml_weights import read_weights
 
-        packages = dict.fromkeys(bundle.file(entry.file) for entry in variant.entry_points)
-        return CoreMLWeights(packages, arch)
+        return read_weights(bundle, variant, arch)
     if variant.format == "onnx":
         from exporter.formats.onnx_weights import OnnxWeights
 

@@ -174,7 +174,7 @@ class AneOps(ProgramOps):
         else:
             pieces = x.parts if isinstance(x, Pieces) else (x,)
             rows = [self.reshape(piece, (1, 1, piece.shape[1])) for piece in pieces]
-            named = {"logits": rows[0]} if len(rows) == 1 else {f"logits.{i}": r for i, r in enumerate(rows)}
+            named = {"logits": rows[0]} if len(rows) == 1 else {f"logits_{i}": r for i, r in enumerate(rows)}
         for name, value in named.items():
             self.f.output(name, value)
         return [TensorSpec(name=name, dtype="float16", shape=v.shape) for name, v in named.items()]

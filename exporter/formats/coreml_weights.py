@@ -8,8 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.architecture import Architecture
+from exporter.formats import NEURAL_ENGINE
+from exporter.formats.coreml_ane import norm_scale
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor, pack4
+from runtimes.bundle import Bundle, Variant
 from runtimes.errors import BundleError
 from runtimes.mil.package import Operation, open_package
 
@@ -20,10 +23,11 @@ class CoreMLWeights:
     """`Weights` over the packages that a model is split into; each is read when asked for, nothing is kept.
 
     Operations bear the names of the weights; a matrix that is used in pieces has a piece's first row in its name.
+    `norm_scale`: what the layout multiplied norms' weights by (`coreml_ane.norm_scale`).
     """
 
-    def __init__(self, packages: Iterable[Path], arch: Architecture) -> None:
-        self._shapes = dict(arch.matrices())
+    def __init__(self, packages: Iterable[Path], arch: Architecture, norm_scale: float = 1.0) -> None:
+        self._shapes, self._norm_scale = dict(arch.matrices()), norm_scale
         self._operations: dict[str, Operation] = {}
         self._where = ""
         for path in packages:
@@ -72,7 +76,8 @@ class CoreMLWeights:
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """A norm's weight or a bias, as float16 has it."""
-        return _value(self._operation(name), "val").astype(np.float32).reshape(-1)
+        values = _value(self._operation(name), "val").astype(np.float32).reshape(-1)
+        return values / np.float32(self._norm_scale) if name.endswith("_norm") else values
 
     def _pieces(self, name: str) -> Iterator[tuple[Operation, int]]:
         """The operations that hold a matrix, in order, with how many rows each has."""
@@ -92,6 +97,12 @@ class CoreMLWeights:
         if found is None:
             raise BundleError(f"{self._where} has no weights {name!r}: it was not made by Gochu")
         return found
+
+
+def read_weights(bundle: Bundle, variant: Variant, arch: Architecture) -> CoreMLWeights:
+    """The weights of a bundle's variant, in whichever layout it is."""
+    packages = dict.fromkeys(bundle.file(entry.file) for entry in variant.entry_points)
+    return CoreMLWeights(packages, arch, norm_scale(arch) if variant.delegate == NEURAL_ENGINE else 1.0)
 
 
 def _constant(operation: Operation, parameter: str) -> Any:

@@ -8,7 +8,7 @@ points are named `prefill` and `decode`, or `prefill.0`, `prefill.1`, ..., `deco
     hidden     float16 [1, T, ...]  into the others: what the one before gives by that name
     position   int32 [1]            into each: tokens already in the KV cache
     last       int32 [1]            into the last: the row whose logits are wanted
-    logits     float16 [1, 1, vocab]  from the last; or logits.0, logits.1, ... along the vocabulary
+    logits     float16 [1, 1, vocab]  from the last; or logits_0, logits_1, ... along the vocabulary
     token      int32 [1]            or this alone: the likeliest token, found in the graph
 
 The last chunk of a prompt is filled up with token 0. The rows that these write into the KV cache come after all that
@@ -286,7 +286,7 @@ def _chain(variant: Variant) -> list[_Link]:
         available |= {spec.name for spec in link.decode.outputs}
     _length(chain[0].prefill)
     outputs = [spec.name for spec in chain[-1].decode.outputs]
-    if not outputs or outputs not in (["token"], ["logits"], [f"logits.{i}" for i in range(len(outputs))]):
+    if not outputs or outputs not in (["token"], ["logits"], [f"logits_{i}" for i in range(len(outputs))]):
         raise BundleError(
             f"variant {variant.name} gives {', '.join(outputs)}, where logits or token is wanted; export it again"
         )

@@ -140,7 +140,7 @@ def test_every_architecture_agrees_in_parts_and_pieces(family, quantized, tmp_pa
     arch, weights = quantized(family, "int8-channel")
     entries = write_coreml_ane(arch, weights, CONTEXT, tmp_path, CUT)
     outputs = [spec.name for spec in entries[-1].outputs]
-    assert outputs == ["logits.0", "logits.1"]
+    assert outputs == ["logits_0", "logits_1"]
     assert worst(arch, weights, Chain(entries, tmp_path, exact=True)) < BOUND
 
 

@@ -112,7 +112,7 @@ def answer(x: Any, given: dict[str, Any], ends: str, first: bool) -> list[Any]:
     if ends == "split":
         half = VOCAB // 2
         return [
-            mb.linear(x=row, weight=part, name=f"logits.{i}")
+            mb.linear(x=row, weight=part, name=f"logits_{i}")
             for i, part in enumerate((HEAD[:half], HEAD[half:]))
         ]
     logits = mb.linear(x=row, weight=HEAD, name="logits")
@@ -144,7 +144,7 @@ def entries(part: str, file: str, first: bool, outputs: list[str]) -> list[dict[
     return found
 
 
-OUTPUTS = {"logits": ["logits"], "split": ["logits.0", "logits.1"], "token": ["token"]}
+OUTPUTS = {"logits": ["logits"], "split": ["logits_0", "logits_1"], "token": ["token"]}
 
 
 def write_bundle(folder: Path, kind: str) -> Bundle:

@@ -248,13 +248,13 @@ def test_the_first_variant_that_runs_here_is_taken(
     copy: Path, rewrite: Callable, make_variant: Callable
 ) -> None:
     phone = make_variant(name="npu", chips=["sm8650"], engine="qnn")
-    other = make_variant(name="mac", engine="coreml")
+    other = make_variant(name="mac", engine="mlx")
     rewrite(copy, variants=[phone, other, make_variant(), make_variant(name="second")])
     bundle = Bundle.open(copy)
     choice = open_engine(bundle, threads=1).choice
     assert choice.value == "cpu"
     assert "npu: variant npu is for sm8650" in choice.reason
-    assert "needs the engine coreml" in choice.reason
+    assert "needs the engine mlx" in choice.reason
     assert open_engine(bundle, "second", threads=1).choice.value == "second"
     with pytest.raises(UsageError, match="has no variant 'third'; it has npu, mac, cpu, second"):
         open_engine(bundle, "third")
