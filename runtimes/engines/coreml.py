@@ -32,10 +32,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from runtimes.bundle import Bundle, Choice, EntryPoint, Variant
-from runtimes.errors import BundleError, EngineError, PromptError, UsageError
+from runtimes.errors import BundleError, EngineError
 from runtimes.extras import check, require
 from runtimes.mil.package import EXTRA, PACKAGE_MANIFEST, Package, open_package
 from runtimes.quiet import quiet
+from runtimes.session import Session
 
 if TYPE_CHECKING:
     from runtimes.mil.evaluator import Evaluator
@@ -89,7 +90,7 @@ class _Package(Protocol):
     def run(self, function: str, inputs: _Arrays) -> _Arrays: ...
 
 
-class CoreMLEngine:
+class CoreMLEngine(Session):
     """The verbs of `runtimes.engines.Engine` over a chain of packages.
 
     `capacity`: rows of the KV cache in the packages' states. Of a variant that gives `token` instead of logits, the
@@ -113,21 +114,8 @@ class CoreMLEngine:
         self.runs = 0  # of the chain, since it was loaded
         self._chain, self._packages, self._capacity = chain, list(packages), capacity
         self._chunk = _length(chain[0].prefill)
-        self._position = 0
 
-    @property
-    def position(self) -> int:
-        return self._position
-
-    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        self._check_room(len(tokens))
-        if len(tokens) == 0:
-            raise PromptError("there are no tokens to run; give a prompt that is not empty")
-        ids = np.asarray(tokens, np.int64)
-        if ids.min() < 0 or ids.max() >= self.vocab:
-            raise PromptError(
-                f"token {ids.min() if ids.min() < 0 else ids.max()} is not in the vocabulary of {self.vocab}"
-            )
+    def _run_prompt(self, ids: np.ndarray) -> np.ndarray:
         for chunk in np.split(ids, range(self._chunk, len(ids), self._chunk)):
             if len(chunk) > 1 and self._position + self._chunk <= self._capacity:
                 logits = self._run(PREFILL, chunk, self._chunk)
@@ -136,30 +124,15 @@ class CoreMLEngine:
                     logits = self._run(DECODE, token[None], 1)
         return logits
 
-    def decode(self, token: int) -> np.ndarray:
-        self._check_room(1)
-        if not 0 <= token < self.vocab:
-            raise PromptError(f"token {token} is not in the vocabulary of {self.vocab}")
+    def _run_token(self, token: int) -> np.ndarray:
         return self._run(DECODE, np.array([token]), 1)
-
-    def reset(self, position: int = 0) -> None:
-        if not 0 <= position <= self._position:
-            raise UsageError(
-                f"cannot go back to position {position}: the KV cache holds {self._position} tokens"
-            )
-        self._position = position
 
     def close(self) -> None:
         self._packages.clear()
 
-    def _check_room(self, count: int) -> None:
-        if not self._packages:
-            raise UsageError("the engine is closed; load the bundle again")
-        if self._position + count > self.context:
-            raise PromptError(
-                f"{self._position + count} tokens do not fit in the context of {self.context}; "
-                "shorten the prompt or open the model with a larger context"
-            )
+    @property
+    def _closed(self) -> bool:
+        return not self._packages
 
     def _run(self, function: str, tokens: np.ndarray, length: int) -> np.ndarray:
         """Float32 logits [vocab] after the last of up to `length` tokens, which are then in the KV cache."""

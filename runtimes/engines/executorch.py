@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from runtimes.bundle import Bundle, Choice, Variant
-from runtimes.errors import BundleError, EngineError, MissingExtra, PromptError, UsageError
+from runtimes.errors import BundleError, EngineError, MissingExtra, UsageError
 from runtimes.extras import require
 from runtimes.pte import read_header
 from runtimes.quiet import quiet
+from runtimes.session import Session
 
 EXTRA = "executorch"
 METHOD = "forward"
@@ -58,7 +59,7 @@ def load(
     return ExecuTorchEngine(path, choice, context=context, vocab=vocab, threads=threads, trace=trace)
 
 
-class ExecuTorchEngine:
+class ExecuTorchEngine(Session):
     """The verbs of `runtimes.engines.Engine` over an ExecuTorch program.
 
     `trace`: have the runtime note when each operator begins and ends; `write_trace` then saves it.
@@ -70,7 +71,6 @@ class ExecuTorchEngine:
         read_header(path)  # ExecuTorch ends the process on some damaged files
         runtime = import_runtime()
         self.choice, self.context, self.vocab, self.threads = choice, context, vocab, threads
-        self._position = 0
         self.runs = 0  # of the program, since it was loaded
         self._name = path.name
         try:
@@ -94,39 +94,17 @@ class ExecuTorchEngine:
         self._step = [self._tensor(self._token), self._tensor(self._start)]
 
     @property
-    def position(self) -> int:
-        return self._position
-
-    @property
     def version(self) -> str:
         return f"executorch {importlib.metadata.version('executorch')}"
 
-    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        self._check_room(len(tokens))
-        if len(tokens) == 0:
-            raise PromptError("there are no tokens to run; give a prompt that is not empty")
-        ids = np.asarray(tokens, np.int64)
-        if ids.min() < 0 or ids.max() >= self.vocab:
-            raise PromptError(
-                f"token {ids.min() if ids.min() < 0 else ids.max()} is not in the vocabulary of {self.vocab}"
-            )
+    def _run_prompt(self, ids: np.ndarray) -> np.ndarray:
         for chunk in np.split(ids, range(self._chunk, len(ids), self._chunk)):
             logits = self._run([self._tensor(chunk[None]), self._step[1]], len(chunk))
         return logits
 
-    def decode(self, token: int) -> np.ndarray:
-        self._check_room(1)
-        if not 0 <= token < self.vocab:
-            raise PromptError(f"token {token} is not in the vocabulary of {self.vocab}")
+    def _run_token(self, token: int) -> np.ndarray:
         self._token[0, 0] = token
         return self._run(self._step, 1)
-
-    def reset(self, position: int = 0) -> None:
-        if not 0 <= position <= self._position:
-            raise UsageError(
-                f"cannot go back to position {position}: the KV cache holds {self._position} tokens"
-            )
-        self._position = position
 
     def close(self) -> None:
         self._method = self._program = None
@@ -144,14 +122,9 @@ class ExecuTorchEngine:
                 f"install one with `pip install -U 'gochu[{EXTRA}]' 'executorch>=1.5'`"
             )
 
-    def _check_room(self, count: int) -> None:
-        if self._method is None:
-            raise UsageError("the engine is closed; load the bundle again")
-        if self._position + count > self.context:
-            raise PromptError(
-                f"{self._position + count} tokens do not fit in the context of {self.context}; "
-                "shorten the prompt or open the model with a larger context"
-            )
+    @property
+    def _closed(self) -> bool:
+        return self._method is None
 
     def _run(self, inputs: list[Any], count: int) -> np.ndarray:
         self._start[0] = self._position

@@ -9,15 +9,15 @@ So nothing is copied from step to step, and going back to an earlier position is
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runtimes.bundle import Bundle, Choice, Variant
-from runtimes.errors import BundleError, EngineError, PromptError, UsageError
+from runtimes.errors import BundleError, EngineError
 from runtimes.extras import require
+from runtimes.session import Session
 
 CHUNK = 512  # tokens fed at once: bounds the activations of a long prompt
 LOGITS_LIMIT = 1 << 24  # values; a graph that returns logits of all tokens gets shorter chunks
@@ -41,7 +41,7 @@ def load(
     )
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Session):
     """The verbs of `runtimes.engines.Engine` over an ONNX Runtime session.
 
     `trace`: have the session note when each operator begins and ends; `write_trace` then saves it.
@@ -68,7 +68,6 @@ class OnnxRuntimeEngine:
         self.context = context
         self.vocab = bundle.manifest.model.vocab
         self.threads = threads
-        self._position = 0
         self.runs = 0  # of the graph, since it was loaded
         self._version = f"onnxruntime {ort.__version__}"
         self._name = variant.name
@@ -119,22 +118,10 @@ class OnnxRuntimeEngine:
         _bind_output(self._step, "logits", self._logits)
 
     @property
-    def position(self) -> int:
-        return self._position
-
-    @property
     def version(self) -> str:
         return self._version
 
-    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        self._check_room(len(tokens))
-        if len(tokens) == 0:
-            raise PromptError("there are no tokens to run; give a prompt that is not empty")
-        ids = np.asarray(tokens, np.int64)
-        if ids.min() < 0 or ids.max() >= self.vocab:
-            raise PromptError(
-                f"token {ids.min() if ids.min() < 0 else ids.max()} is not in the vocabulary of {self.vocab}"
-            )
+    def _run_prompt(self, ids: np.ndarray) -> np.ndarray:
         logits = self._logits
         for chunk in np.split(ids, range(self._chunk, len(ids), self._chunk)):
             if self._all_logits:
@@ -144,20 +131,10 @@ class OnnxRuntimeEngine:
             self._run(self._prefill, len(chunk))
         return logits[0, -1].copy()
 
-    def decode(self, token: int) -> np.ndarray:
-        self._check_room(1)
-        if not 0 <= token < self.vocab:
-            raise PromptError(f"token {token} is not in the vocabulary of {self.vocab}")
+    def _run_token(self, token: int) -> np.ndarray:
         self._token[0, 0] = token
         self._run(self._step, 1)
         return self._logits[0, 0].copy()
-
-    def reset(self, position: int = 0) -> None:
-        if not 0 <= position <= self._position:
-            raise UsageError(
-                f"cannot go back to position {position}: the KV cache holds {self._position} tokens"
-            )
-        self._position = position
 
     def close(self) -> None:
         self._session = self._prefill = self._step = None
@@ -178,14 +155,9 @@ class OnnxRuntimeEngine:
             binding.bind_ortvalue_output(f"present.{name}", value)
         return binding
 
-    def _check_room(self, count: int) -> None:
-        if self._session is None:
-            raise UsageError("the engine is closed; load the bundle again")
-        if self._position + count > self.context:
-            raise PromptError(
-                f"{self._position + count} tokens do not fit in the context of {self.context}; "
-                "shorten the prompt or open the model with a larger context"
-            )
+    @property
+    def _closed(self) -> bool:
+        return self._session is None
 
     def _run(self, binding: Any, count: int) -> None:
         total = self._position + count
