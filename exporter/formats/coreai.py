@@ -1,13 +1,17 @@
 """Core AI: the decoder as an .aimodel for iOS and macOS 27, with the entry points that Apple's runner of LLMs calls.
 
-It was never run on an Apple device: what is known of it is its structure, and what coreai's own CPU runtime for
-Linux computes from it.
+It was never run on an Apple device. What is known of it is its structure, and what coreai's own runtime for Linux,
+on the CPU in float16, computes from it (tests/exporter/test_coreai_format.py).
 
 The contract (apple/coreai-models, python/src/coreai_models/export/ios.py and swift/Sources/CoreAILanguageModels/
 InferenceEngines/CoreAIStaticShapeEngine.swift): `load_embeddings` gives the embedding's table, once;
 `gather_embeddings_<length>` looks tokens up in it; `extend_<context>_<length>` gives logits of each token, and
-`prompt_opt_<context>_<length>` only fills the KV cache, two states that all graphs share. The runner gives blocks of
-`length` tokens that start at a multiple of it, and computes a block anew as its tokens come.
+`prompt_opt_<context>_<length>` only fills the KV cache, two states that both share. The runner gives blocks of
+`length` tokens that start at a multiple of it, and computes a block anew as its tokens come. Apple's exporter makes
+these graphs for a ladder of contexts and lengths; here there is one context, a step's length and a prompt's.
+
+Left out: Apple's exporter also pins how the table and the caches lie in memory (IOSurface, 8 channels
+interleaved). With that, coreai's runtime for Linux gives NaN, so nothing here could tell whether it is right.
 """
 
 import contextlib
@@ -34,15 +38,19 @@ from runtimes.errors import BundleError
 from runtimes.quiet import quiet
 
 ASSET = "model.aimodel"
-STEP, CHUNK = 8, 64  # tokens of a decoding block, which Apple's shortest is too, and of a prompt's
-LONGEST = (
-    1 << 15
-)  # float16 holds what Apple's masks and 16-bit positions need; beyond, their layout is another
+STEP, CHUNK = 8, 64  # tokens of a block: Apple's shortest, for steps, and its longest, for prompts
+LONGEST = 1 << 16  # tokens: the runner's positions are uint16
+STATES = ("key_cache", "value_cache")
 _PROGRAM, _HASH, _METADATA = "main.mlirb", "main.hash", "metadata.json"
 
 
 class Graph(nn.Module):
-    """One entry point. Its buffers are made in a first run, on fake tensors; entry points share them."""
+    """One entry point, whose one output is called `output`.
+
+    Its buffers are made in a first run, on fake tensors; entry points share them.
+    """
+
+    output: str
 
     def __init__(
         self,
@@ -154,9 +162,6 @@ class Prompt(Extend):
         return self.ops.keys[0, 0, 0, 0, 0] + self.ops.values[0, 0, 0, 0, 0]
 
 
-STATES = ("key_cache", "value_cache")
-
-
 def graphs(arch: Architecture, weights: Weights, context: int, **dtype: torch.dtype) -> dict[str, Graph]:
     """The entry points by their names; MissingExtra if coreai-torch is not installed."""
     extras.require(OPERATORS, "coreai")
@@ -174,8 +179,8 @@ def write_coreai(arch: Architecture, weights: Weights, context: int, folder: Pat
 
     Integers of 4 and 8 bits with their scales (float16, which holds them exactly) and tables with their indices are
     stored as they are, floats in float16; what is multiplied is float16. Memory holds a byte for each weight. Raises
-    RecipeError for float32 weights, UsageError for a context that the runner's blocks do not fill, MissingExtra if
-    coreai-torch is not installed.
+    RecipeError for float32 weights and tables of 3 bits, UsageError for a context that the runner's blocks do not
+    fill, MissingExtra if coreai-torch is not installed.
     """
     if context % CHUNK or not 0 < context <= LONGEST:
         raise UsageError(
@@ -217,7 +222,8 @@ class Asset:
 def check_asset(path: Path) -> Asset:
     """Read an asset's program, hash and metadata with coreai's own reader; BundleError if they do not hold together.
 
-    It checks that the program is the one that was written, and parses; not that a compiler takes it.
+    It checks that the program is the one that was written, and parses; not that a compiler takes it. The hash comes
+    first, since coreai's reader ends the process on what is no program.
     """
     extras.check("coreai", "coreai")
     from coreai.authoring import AIModelAsset
@@ -233,6 +239,8 @@ def check_asset(path: Path) -> Asset:
             summary, program = asset.summary(), asset.program
     except RuntimeError as error:
         raise BundleError(f"{path} cannot be read by coreai ({error}): export it again") from None
+    if summary is None:
+        raise BundleError(f"{path} holds no program that coreai finds: export it again")
     names = summary.function_names
     return Asset(
         inputs={name: dict(summary.function_inputs(name)) for name in names},

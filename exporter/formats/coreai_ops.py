@@ -210,7 +210,7 @@ class CoreAiOps(PrimitiveOps[Tensor]):
         stored = self._kept(f"{name}.weight")
         if scheme.is_float:
             return stored
-        bits = torch.int4 if scheme.bits == 4 else torch.int8
+        bits = torch.int4 if scheme.bits == 4 else torch.int8  # type: ignore[attr-defined]
         return torch.ops.coreai.constexpr_blockwise_shift_scale(
             stored, self._kept(f"{name}.scales"), None, None, bits, None
         )

@@ -15,7 +15,7 @@ pytest.importorskip("coreai_torch", reason="coreai-torch is not installed", exc_
 
 from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.errors import MissingExtra, RecipeError, UsageError
+from exporter.errors import RecipeError, UsageError
 from exporter.formats import coreai
 from exporter.formats.coreai import ASSET, CHUNK, STEP, check_asset, graphs, kv_cache, write_coreai
 from exporter.pepper import checkpoint_path
@@ -93,7 +93,8 @@ def in_coreai(path: Path, arch: Architecture) -> np.ndarray:
         async with AIModelAsset.load(path).executable() as model:
             steps, functions = [], {name: model.load_function(name) for name in check_asset(path).inputs}
             table = (await functions["load_embeddings"]())["embedding_table"]
-            state = {name: states(functions[blocks()[0][0]], name) for name in coreai.STATES}
+            cache = (arch.layers, 1, arch.kv_heads * arch.head_dim, 1, CONTEXT)
+            state = {name: array(np.zeros(cache, np.float16)) for name in coreai.STATES}
             for name, first, count in blocks():
                 length = int(name.rpartition("_")[2])
                 tokens = array(ids(length, first, count))
@@ -108,11 +109,150 @@ def in_coreai(path: Path, arch: Architecture) -> np.ndarray:
     return asyncio.run(run())
 
 
+def error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest error as a share of the logits' range."""
+    return float(np.abs(ours - theirs).max() / (theirs.max() - theirs.min()))
+
+
 def array(values: np.ndarray) -> Any:
     from coreai.runtime import NDArray
 
     return NDArray(values)
 
 
-def states(function: Any, name: str) -> Any:
-    """A state's zeros, in the layout that the function asks for."""
+@pytest.mark.parametrize("scheme", ["fp32", "int4", "pal4-g8"])
+def test_the_verbs_agree_with_the_reference(family, scheme, checkpoints):
+    """In float32, as the runner calls them: a prompt, then each token in its block, over windows and softcaps."""
+    with open_checkpoint(checkpoints.folder(family)) as checkpoint:
+        arch, weights = checkpoint.architecture, quantized(checkpoint, scheme)
+        assert error(in_torch(arch, weights, torch.float32), reference(arch, weights)) < 1e-4
+
+
+def packed(matrix: QuantizedTensor) -> bytes:
+    """Its numbers in coreai's order: two's complement where they have a sign, 4 bits in pairs, the lower first."""
+    if matrix.tables is not None:
+        return matrix.data.tobytes()
+    return (matrix.data ^ (0x88 if matrix.scheme.bits == 4 else 0x80)).tobytes()
+
+
+def require_own_numbers(path: Path, matrices: list[QuantizedTensor]) -> None:
+    """Each weight's integers or indices are there once, as they are, and its scales or tables too."""
+    program = (path / "main.mlirb").read_bytes()
+    for matrix in matrices:
+        assert program.count(packed(matrix)) == 1, matrix.name
+        floats = matrix.scales if matrix.tables is None else matrix.tables
+        assert floats.astype(np.float16).tobytes() in program, matrix.name
+        assert (floats.astype(np.float16) == floats).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("gemma2", "int8"), ("llama-biases", "pal6-g16"), ("phi3-longrope", "int8-channel")]
+)
+def test_coreai_computes_what_the_reference_does(name, scheme, checkpoints, tmp_path):
+    """Softcaps and windows, biases, a head of its own: as near as torch comes to it in float16."""
+    with open_checkpoint(checkpoints.folder(name)) as checkpoint:
+        arch, weights = checkpoint.architecture, quantized(checkpoint, scheme)
+        write_coreai(arch, weights, CONTEXT, tmp_path)
+        theirs = reference(arch, weights)
+        half = error(in_torch(arch, weights, torch.float16), theirs)
+        if weights.scheme("embedding").bits == 8:
+            require_own_numbers(tmp_path / ASSET, [weights.matrix(each) for each, _ in arch.matrices()])
+    assert half < 0.01
+    assert error(in_coreai(tmp_path / ASSET, arch), theirs) < 2 * half
+
+
+@pytest.mark.parametrize("scheme", ["int4", "pal4-g8"])
+def test_the_asset_of_pepper(scheme, tmp_path, capfd):
+    """Apple's entry points, with the quantizer's own numbers, each weight stored once."""
+    with open_checkpoint(checkpoint_path()) as checkpoint:
+        arch, weights = checkpoint.architecture, quantized(checkpoint, scheme)
+        entries = write_coreai(arch, weights, CONTEXT, tmp_path)
+        assert capfd.readouterr() == ("", "")
+        matrices = [weights.matrix(name) for name, _ in arch.matrices()]
+        theirs = reference(arch, weights)
+    asset = check_asset(tmp_path / ASSET)
+    assert capfd.readouterr() == ("", "")
+    assert [entry.name for entry in entries] == [
+        "load_embeddings",
+        f"gather_embeddings_{STEP}",
+        f"gather_embeddings_{CHUNK}",
+        f"extend_{CONTEXT}_{STEP}",
+        f"prompt_opt_{CONTEXT}_{CHUNK}",
+    ]
+    for entry in entries:
+        assert asset.inputs[entry.name] == {spec.name: coreai_type(spec) for spec in entry.inputs}
+        assert asset.outputs[entry.name] == {spec.name: coreai_type(spec) for spec in entry.outputs}
+        held = {"key_cache", "value_cache"} if entry.name.startswith(("extend", "prompt")) else set()
+        assert set(asset.states[entry.name]) == held
+    cache = f"tensor<{arch.layers}x1x{arch.kv_heads * arch.head_dim}x1x{CONTEXT}xf16>"
+    assert asset.states[entries[-1].name]["key_cache"] == f"!coreai.handle<{cache}>"
+    assert kv_cache(arch).layers == arch.layers
+    require_own_numbers(tmp_path / ASSET, matrices)
+    assert (tmp_path / ASSET / "main.mlirb").stat().st_size < sum(
+        matrix.nbytes for matrix in matrices
+    ) + 400_000
+    assert "Float32" not in asset.stored
+    assert asset.operations["slice_update"] == 2 * 2 * arch.layers
+    assert error(in_coreai(tmp_path / ASSET, arch), theirs) < 0.01
+
+
+def coreai_type(spec: Any) -> str:
+    kind = {"float16": "Float16", "int32": "Int32", "uint16": "UInt16"}[spec.dtype]
+    shape = " × ".join(map(str, spec.shape))
+    return f"NDArray ({kind}, {shape})" if shape else f"NDArray ({kind})"
+
+
+def small(checkpoints: Any, folder: Path) -> Path:
+    """A tiny tied checkpoint of one layer."""
+    checkpoints.write(folder / "checkpoint", "qwen2", num_hidden_layers=1)
+    return folder / "checkpoint"
+
+
+def test_the_same_model_makes_the_same_asset(checkpoints, tmp_path):
+    """In one process: coreai names constants by a hash that it seeds anew in each."""
+    with open_checkpoint(small(checkpoints, tmp_path)) as checkpoint:
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+            write_coreai(checkpoint.architecture, quantized(checkpoint, "int4"), CONTEXT, tmp_path / name)
+    one, two = (
+        {file.name: file.read_bytes() for file in (tmp_path / name / ASSET).iterdir()}
+        for name in ("one", "two")
+    )
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("scheme", "context", "kind", "reason"),
+    [
+        ("fp32", CONTEXT, RecipeError, "embedding .* is fp32, .*float16"),
+        ("pal3", CONTEXT, RecipeError, "embedding .* is pal3, .*packs no 3 bits"),
+        ("int4", 100, UsageError, "context of 100.*multiple of 64"),
+        ("int4", 1 << 17, UsageError, "at most 65536"),
+    ],
+)
+def test_what_cannot_be_held_is_refused(scheme, context, kind, reason, checkpoints, tmp_path):
+    with (
+        open_checkpoint(checkpoints.folder("qwen2")) as checkpoint,
+        pytest.raises(kind, match=reason),
+    ):
+        write_coreai(checkpoint.architecture, quantized(checkpoint, scheme), context, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_asset_is_refused(checkpoints, tmp_path):
+    with open_checkpoint(small(checkpoints, tmp_path)) as checkpoint:
+        write_coreai(checkpoint.architecture, quantized(checkpoint, "int4"), CONTEXT, tmp_path)
+    asset = tmp_path / ASSET
+    program = asset / "main.mlirb"
+    whole = program.read_bytes()
+    program.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(BundleError, match="damaged"):
+        check_asset(asset)
+    program.write_bytes(whole)
+    check_asset(asset)
+    (asset / "metadata.json").write_text("{")
+    with pytest.raises(BundleError, match="cannot be read by coreai"):
+        check_asset(asset)
+    (asset / "metadata.json").unlink()
+    with pytest.raises(BundleError, match=r"metadata\.json is missing"):
+        check_asset(asset)
