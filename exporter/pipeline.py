@@ -181,7 +181,6 @@ def _write_executorch(
 def _write_coreml(
     arch: Architecture, weights: QuantizedWeights, plan: Plan, delegate: str, text: TextSide, folder: Path
 ) -> Written:
-    extras.require("coremltools", "coreml")
     from exporter.formats.coreml import kv_cache, write_coreml
     from exporter.formats.coreml_ane import write_coreml_ane
     from exporter.npu import ane

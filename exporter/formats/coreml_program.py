@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from coremltools.libmilstoragepython import _BlobStorageWriter
-from coremltools.proto import FeatureTypes_pb2, MIL_pb2, Model_pb2
 from numpy.typing import NDArray
+
+from runtimes.mil.library import blob_writer, schema
+
+MIL, MODEL, FEATURES = schema("MIL"), schema("Model"), schema("FeatureTypes")
 
 Kind = Literal[
     "fp16", "fp32", "int32", "bool", "int8", "int4", "uint8", "uint6", "uint4", "uint3", "uint2", "string"
@@ -27,23 +29,23 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")  # keys that are names of weights
 _INLINE = 32  # elements up to which a constant stays in the program
 _MODEL, _WEIGHTS = "com.apple.CoreML/model.mlmodel", "com.apple.CoreML/weights"
 _TYPES = {
-    "fp16": MIL_pb2.FLOAT16,
-    "fp32": MIL_pb2.FLOAT32,
-    "int32": MIL_pb2.INT32,
-    "bool": MIL_pb2.BOOL,
-    "int8": MIL_pb2.INT8,
-    "int4": MIL_pb2.INT4,
-    "uint8": MIL_pb2.UINT8,
-    "uint6": MIL_pb2.UINT6,
-    "uint4": MIL_pb2.UINT4,
-    "uint3": MIL_pb2.UINT3,
-    "uint2": MIL_pb2.UINT2,
-    "string": MIL_pb2.STRING,
+    "fp16": MIL.FLOAT16,
+    "fp32": MIL.FLOAT32,
+    "int32": MIL.INT32,
+    "bool": MIL.BOOL,
+    "int8": MIL.INT8,
+    "int4": MIL.INT4,
+    "uint8": MIL.UINT8,
+    "uint6": MIL.UINT6,
+    "uint4": MIL.UINT4,
+    "uint3": MIL.UINT3,
+    "uint2": MIL.UINT2,
+    "string": MIL.STRING,
 }
 _FEATURES = {
-    "fp16": FeatureTypes_pb2.ArrayFeatureType.FLOAT16,
-    "fp32": FeatureTypes_pb2.ArrayFeatureType.FLOAT32,
-    "int32": FeatureTypes_pb2.ArrayFeatureType.INT32,
+    "fp16": FEATURES.ArrayFeatureType.FLOAT16,
+    "fp32": FEATURES.ArrayFeatureType.FLOAT32,
+    "int32": FEATURES.ArrayFeatureType.INT32,
 }
 _KINDS: dict[Any, Kind] = {
     np.dtype(np.float16): "fp16",
@@ -87,7 +89,7 @@ class Package:
         self._blobs: dict[str, Blob] = {}
         weights = path / "Data" / _WEIGHTS
         weights.mkdir(parents=True)
-        self._writer: Any = _BlobStorageWriter(str(weights / "weight.bin"))
+        self._writer: Any = blob_writer(weights / "weight.bin")
 
     def function(self, name: str) -> "MilFunction":
         """A new function; all share states and weights."""
@@ -108,17 +110,15 @@ class Package:
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the program and the package's manifest; `metadata` are texts for whoever opens it."""
         self._writer = None  # which completes the weight file
-        program = MIL_pb2.Program(
+        program = MIL.Program(
             version=1, functions={function.name: function.proto() for function in self.functions}
         )
-        description = Model_pb2.ModelDescription(
+        description = MODEL.ModelDescription(
             functions=[function.description() for function in self.functions],
             defaultFunctionName=self.functions[-1].name,
         )
         description.metadata.userDefined.update(metadata)
-        model = Model_pb2.Model(
-            specificationVersion=SPECIFICATION, description=description, mlProgram=program
-        )
+        model = MODEL.Model(specificationVersion=SPECIFICATION, description=description, mlProgram=program)
         data = model.SerializeToString(deterministic=True)
         (self._path / "Data" / _MODEL).write_bytes(data)
         (self._path / "Manifest.json").write_text(_manifest(data), encoding="utf-8")
@@ -170,11 +170,11 @@ class MilFunction:
         arguments = {}
         for key, value in inputs.items():
             binding = (
-                MIL_pb2.Argument.Binding(value=_file_value(value))
+                MIL.Argument.Binding(value=_file_value(value))
                 if isinstance(value, Blob)
-                else MIL_pb2.Argument.Binding(name=value.name)
+                else MIL.Argument.Binding(name=value.name)
             )
-            arguments[key] = MIL_pb2.Argument(arguments=[binding])
+            arguments[key] = MIL.Argument(arguments=[binding])
         self._append(type, arguments, out)
         self._constants[name] = out
         return out
@@ -204,22 +204,22 @@ class MilFunction:
 
     def proto(self) -> Any:
         """As the program holds it."""
-        inputs = [MIL_pb2.NamedValueType(name=v.name, type=_type(v.kind, v.shape)) for v in self._inputs]
+        inputs = [MIL.NamedValueType(name=v.name, type=_type(v.kind, v.shape)) for v in self._inputs]
         for state in self._states:
-            type = MIL_pb2.ValueType()
+            type = MIL.ValueType()
             type.stateType.wrappedType.CopyFrom(_type("fp16", state.shape))
-            inputs.append(MIL_pb2.NamedValueType(name=state.name, type=type))
-        block = MIL_pb2.Block(outputs=[v.name for v in self._outputs], operations=self.operations)
-        return MIL_pb2.Function(inputs=inputs, opset=OPSET, block_specializations={OPSET: block})
+            inputs.append(MIL.NamedValueType(name=state.name, type=type))
+        block = MIL.Block(outputs=[v.name for v in self._outputs], operations=self.operations)
+        return MIL.Function(inputs=inputs, opset=OPSET, block_specializations={OPSET: block})
 
     def description(self) -> Any:
         """As the model's description holds it."""
         states = []
         for state in self._states:
-            feature = Model_pb2.FeatureDescription(name=state.name)
+            feature = MODEL.FeatureDescription(name=state.name)
             feature.type.stateType.arrayType.CopyFrom(_feature(state).type.multiArrayType)
             states.append(feature)
-        return Model_pb2.FunctionDescription(
+        return MODEL.FunctionDescription(
             name=self.name,
             input=[_feature(v) for v in self._inputs],
             output=[_feature(v) for v in self._outputs],
@@ -228,26 +228,24 @@ class MilFunction:
 
     def _append(self, type: str, arguments: dict[str, Any], out: Var | None) -> None:
         name = out.name if out else self._fresh(type)
-        outputs = [MIL_pb2.NamedValueType(name=out.name, type=_type(out.kind, out.shape))] if out else []
+        outputs = [MIL.NamedValueType(name=out.name, type=_type(out.kind, out.shape))] if out else []
         self.operations.append(
-            MIL_pb2.Operation(
-                type=type, inputs=arguments, outputs=outputs, attributes={"name": _string(name)}
-            )
+            MIL.Operation(type=type, inputs=arguments, outputs=outputs, attributes={"name": _string(name)})
         )
 
     def _argument(self, value: Input) -> Any:
         values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
         names = [v.name if isinstance(v, Var) else self.const(v).name for v in values]
-        return MIL_pb2.Argument(arguments=[MIL_pb2.Argument.Binding(name=name) for name in names])
+        return MIL.Argument(arguments=[MIL.Argument.Binding(name=name) for name in names])
 
     def _constant(self, key: str, value: Any, kind: Kind, shape: tuple[int, ...]) -> Var:
         if key not in self._constants:
             name = identifier(key) if _NAME.fullmatch(key) else self._fresh("const")
             out = Var(name, kind, tuple(shape))
             self.operations.append(
-                MIL_pb2.Operation(
+                MIL.Operation(
                     type="const",
-                    outputs=[MIL_pb2.NamedValueType(name=out.name, type=_type(kind, shape))],
+                    outputs=[MIL.NamedValueType(name=out.name, type=_type(kind, shape))],
                     attributes={"name": _string(out.name), "val": value},
                 )
             )
@@ -265,7 +263,7 @@ def identifier(key: str) -> str:
 
 
 def _type(kind: Kind, shape: Sequence[int]) -> Any:
-    type = MIL_pb2.ValueType()
+    type = MIL.ValueType()
     tensor = type.tensorType
     tensor.dataType, tensor.rank = _TYPES[kind], len(shape)
     for size in shape:
@@ -274,18 +272,18 @@ def _type(kind: Kind, shape: Sequence[int]) -> Any:
 
 
 def _file_value(blob: Blob) -> Any:
-    place = MIL_pb2.Value.BlobFileValue(fileName="@model_path/weights/weight.bin", offset=blob.offset)
-    return MIL_pb2.Value(type=_type(blob.kind, blob.shape), blobFileValue=place)
+    place = MIL.Value.BlobFileValue(fileName="@model_path/weights/weight.bin", offset=blob.offset)
+    return MIL.Value(type=_type(blob.kind, blob.shape), blobFileValue=place)
 
 
 def _string(text: str) -> Any:
-    value = MIL_pb2.Value(type=_type("string", ()))
+    value = MIL.Value(type=_type("string", ()))
     value.immediateValue.tensor.strings.values.append(text)
     return value
 
 
 def _immediate(array: NDArray[Any], kind: Kind) -> Any:
-    value = MIL_pb2.Value(type=_type(kind, array.shape))
+    value = MIL.Value(type=_type(kind, array.shape))
     tensor = value.immediateValue.tensor
     if kind == "bool":
         tensor.bools.values.extend(array.reshape(-1).tolist())
@@ -299,7 +297,7 @@ def _immediate(array: NDArray[Any], kind: Kind) -> Any:
 
 
 def _feature(var: Var) -> Any:
-    feature = Model_pb2.FeatureDescription(name=var.name)
+    feature = MODEL.FeatureDescription(name=var.name)
     feature.type.multiArrayType.shape.extend(var.shape)
     feature.type.multiArrayType.dataType = _FEATURES[var.kind]
     return feature

@@ -34,7 +34,8 @@ import numpy as np
 from runtimes.bundle import Bundle, Choice, EntryPoint, Variant
 from runtimes.errors import BundleError, EngineError
 from runtimes.extras import check, require
-from runtimes.mil.package import EXTRA, PACKAGE_MANIFEST, Package, open_package
+from runtimes.mil.library import EXTRA
+from runtimes.mil.package import PACKAGE_MANIFEST, Package, open_package
 from runtimes.quiet import quiet
 from runtimes.session import Session
 

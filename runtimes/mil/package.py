@@ -8,27 +8,22 @@ Formats: apple/coremltools, modelpackage/src/ModelPackage.cpp (the manifest), ml
 """
 
 import importlib
-import importlib.util
 import json
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from runtimes.errors import BundleError
-from runtimes.extras import require
+from runtimes.mil.library import schema
 from runtimes.mil.storage import DTYPES, Constant, Dtype, WeightFile, packed_size
 
-EXTRA = "coreml"
 PACKAGE_MANIFEST = "Manifest.json"
 LARGEST = 1 << 32  # elements of a tensor: more than any of a model of 10 billion parameters has
 _MODEL_PATH = "@model_path"  # the folder of model.mlmodel, in a program
-_SCHEMA = "runtimes.mil._schema"
 _NUMBERS = {"ints": np.int32, "floats": np.float32, "longInts": np.int64, "bools": np.bool_}
 _BY_CODE = {dtype.code: dtype for dtype in DTYPES}
 
@@ -90,8 +85,7 @@ def open_package(path: Path) -> Package:
     Raises BundleError if a file is missing, cut off, damaged, or no ML program; MissingExtra without coremltools.
     """
     model = _root_model(path)
-    schema = _schema()
-    spec = schema.Model()
+    spec = schema("Model").Model()
     try:
         spec.ParseFromString(_read(model))
     except importlib.import_module("google.protobuf.message").DecodeError:
@@ -132,22 +126,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}; export the bundle again") from None
-
-
-def _schema() -> Any:
-    """coremltools' protobuf classes without the rest of coremltools, whose import takes seconds and talks.
-
-    The classes themselves are the same ones: protobuf keeps one for each message.
-    """
-    if _SCHEMA not in sys.modules:
-        found = importlib.util.find_spec("coremltools")
-        if found is None or not found.submodule_search_locations:
-            require("coremltools", EXTRA)
-            raise BundleError("coremltools is installed without its protobuf files; install it again")
-        package = ModuleType(_SCHEMA)
-        package.__path__ = [str(Path(folder) / "proto") for folder in found.submodule_search_locations]
-        sys.modules[_SCHEMA] = package
-    return importlib.import_module(f"{_SCHEMA}.Model_pb2")
 
 
 class _Reader:
