@@ -96,6 +96,8 @@ def _checks(bundle: Bundle, arch: Architecture, progress: Callable[[str], None])
     for variant in bundle.manifest.variants:
         if variant.residency:
             yield _residency(variant)
+        if variant.format == "coreai":
+            yield _asset(bundle, variant)
         if not runs_here(variant):
             yield _not_run(variant)
             continue
@@ -125,6 +127,23 @@ def _residency(variant: Variant) -> Check:
     if heavy:
         detail = f"{found.accelerator} leaves {', '.join(heavy)} to portable kernels"
     return Check(name="residency", passed=not heavy, detail=detail)
+
+
+def _asset(bundle: Bundle, variant: Variant) -> Check:
+    """coreai's own reader finds the entry points, with their inputs and states."""
+    extras.require("coreai_torch", "coreai")  # here, where nobody sees what it says
+    from exporter.formats.coreai import check_asset
+
+    asset = check_asset(bundle.file(variant.entry_points[0].file))
+    wrong = [
+        entry.name
+        for entry in variant.entry_points
+        if [spec.name for spec in entry.inputs] != list(asset.inputs.get(entry.name, ()))
+    ]
+    detail = f"coreai's reader finds {len(asset.inputs)} entry points with the inputs they were given"
+    if wrong:
+        detail = f"coreai's reader does not find entry point {wrong[0]} with its inputs"
+    return Check(name="asset", passed=not wrong, detail=detail)
 
 
 def _rules(bundle: Bundle, variant: Variant) -> Check:

@@ -102,7 +102,8 @@ def _require_libraries(plan: Plan, verify: bool) -> None:
     for library in form.libraries:
         extras.check(library, form.extra)
     if verify:
-        for library in ("torch", ENGINES[plan.engine].library):
+        engine = ENGINES.get(plan.engine)  # there is none for what cannot run here
+        for library in ("torch", *([engine.library] if engine else ())):
             extras.check(library, form.extra)
 
 
@@ -120,7 +121,7 @@ def _write_variant(
         progress(f"quantize {name}", done, arch.parameters)
 
     weights = QuantizedWeights(source, plan.decisions, advance)
-    write = {"onnx": _write_onnx, "executorch": _write_executorch, "coreml": _write_coreml}[plan.format]
+    write = _WRITERS[plan.format]
     entries, cache, residency, tools = write(arch, weights, plan, delegate, text, folder)
     one_chip = delegate and plan.device and find_delegate(delegate).for_a_chip
     chips = (plan.device.soc.id,) if one_chip and plan.device else ()
@@ -192,6 +193,28 @@ def _write_coreml(
         packages = dict.fromkeys(folder / entry.file for entry in entries)
         residency = ane.total([ane.check(package).prediction for package in packages])
     return entries, kv_cache(arch), residency, ("coremltools",)
+
+
+def _write_coreai(
+    arch: Architecture, weights: QuantizedWeights, plan: Plan, _delegate: str, _text: TextSide, folder: Path
+) -> Written:
+    extras.require("coreai_torch", "coreai")  # here, where nobody sees what it says
+    from exporter.formats.coreai import kv_cache, write_coreai
+
+    return (
+        write_coreai(arch, weights, plan.context, folder),
+        kv_cache(arch),
+        None,
+        ("coreai-torch", "coreai-core"),
+    )
+
+
+_WRITERS = {
+    "onnx": _write_onnx,
+    "executorch": _write_executorch,
+    "coreml": _write_coreml,
+    "coreai": _write_coreai,
+}
 
 
 def _manifest(source: Checkpoint, plan: Plan, text: TextSide, stage: Staging, made: list[Any]) -> Manifest:

@@ -55,6 +55,7 @@ _FORMATS = {
     "executorch": "one program for Android, iOS and Linux that ExecuTorch's own LLM runner opens; XNNPACK packs the "
     "integers anew when it loads them",
     "coreml": "a package for iOS 18 and macOS 15 that Xcode and Core ML open, for the Neural Engine or the GPU",
+    "coreai": "an asset for iOS 27 and macOS 27 with the entry points that Apple's own runner of LLMs calls",
 }
 _CPU = {"onnx": "CPU (ONNX Runtime)", "executorch": "CPU (ExecuTorch, XNNPACK)"}
 # Why the NPU stands idle, by its kind.
@@ -178,7 +179,12 @@ def make_plan(
     offers = chosen_delegate.schemes if chosen_delegate else form.schemes
     by_quality = tuple(sorted(offers, key=lambda name: -parse_scheme(name).bits))
     form = replace(form, fit=_fit(form, delegates), schemes=by_quality)
-    contexts = (context,) if context else _contexts(arch)
+    if context is not None and context % form.block:
+        raise PlanRefused(
+            f"a context of {context} tokens was asked for, but {form.name} takes blocks of {form.block}: ask for "
+            f"{-(-context // form.block) * form.block}"
+        )
+    contexts = (context,) if context else _contexts(arch, form.block)
     chosen = _choose(arch, target, form, offered, contexts)
     if chosen is None:
         assert target, "without a device everything fits"
@@ -340,9 +346,16 @@ def _ladder(
     ]
 
 
-def _contexts(arch: Architecture) -> tuple[int, ...]:
-    """The steps that the model can hold, longest first; its own length if that is shorter than all of them."""
-    longest = min(arch.context, CONTEXTS[0])
+def _contexts(arch: Architecture, block: int) -> tuple[int, ...]:
+    """The steps that the model can hold, longest first; its own length if that is shorter than all of them.
+
+    A multiple of `block` tokens; PlanRefused if the model cannot hold one.
+    """
+    longest = min(arch.context, CONTEXTS[0]) // block * block
+    if not longest:
+        raise PlanRefused(
+            f"this model was trained for {arch.context} tokens, and the format takes blocks of {block}: choose another"
+        )
     return longest, *(step for step in CONTEXTS if step < longest)
 
 
@@ -492,6 +505,9 @@ def _backend(device: Device | None, form: Format, delegates: tuple[str, ...]) ->
         return Choice(
             topic="backend", value=find_delegate(delegates[0]).title, reason=_layout(device, delegates[0])
         )
+    if form.name == "coreai":
+        why = "Core AI compiles the asset on the device for what it has; written here, never run on Apple's hardware"
+        return Choice(topic="backend", value="CPU, GPU or Neural Engine (Core AI)", reason=why)
     cpu = _CPU[form.name]
     if delegates and delegates[0] != XNNPACK:
         fallback = (
@@ -547,6 +563,9 @@ def _activations(form: Format, delegates: tuple[str, ...], decisions: Mapping[st
     if delegates and delegates[0] != XNNPACK:
         why = f"{find_delegate(delegates[0]).title} unfolds the weights where it multiplies by them"
         return Choice(topic="activations", value="float16" if form.name == "coreml" else "float", reason=why)
+    if form.name == "coreai":
+        why = "Core AI unfolds the weights where it multiplies by them"
+        return Choice(topic="activations", value="float16", reason=why)
     kinds = sorted({decision.scheme.activations for decision in decisions.values()}, reverse=True)
     reasons = [_ACTIVATIONS[kind].format(scale=_ROUNDED[form.name]) for kind in kinds]
     return Choice(topic="activations", value=" and ".join(kinds), reason="; ".join(reasons))
@@ -570,6 +589,11 @@ def _entry_points(form: Format, delegates: tuple[str, ...]) -> Choice:
     if form.name == "coreml":
         why = "shapes are fixed: a prompt goes in chunks of 64 tokens, the last one padded, and then token by token"
         return Choice(topic="entry points", value="prefill and decode", reason=why)
+    if form.name == "coreai":
+        why = (
+            "shapes are fixed: blocks of 64 tokens fill the cache with a prompt, blocks of 8 give the logits"
+        )
+        return Choice(topic="entry points", value="load, gather, prompt and extend", reason=why)
     if delegates and not find_delegate(delegates[0]).any_length:
         why = "its compiler wants fixed shapes, and two graphs would have a KV cache each: a prompt goes token by token"
         return Choice(topic="entry points", value="decode", reason=why)

@@ -235,7 +235,12 @@ def _multiplied(weights: Iterable[Weight]) -> list[Weight]:
 
 
 def _total(weights: Sequence[Weight], costs: dict[str, Any], use: str) -> float:
-    return sum(_bytes(weight, costs, use) for weight in _multiplied(weights))
+    unfolded = sum(
+        costs.get("unfolded_embedding", 0) * weight.sizes()["floats"]
+        for weight in weights
+        if weight.looked_up and (weight.multiplied or use == "held")
+    )
+    return unfolded + sum(_bytes(weight, costs, use) for weight in _multiplied(weights))
 
 
 def _bytes(weight: Weight, costs: dict[str, Any], use: str) -> float:
@@ -246,7 +251,8 @@ def _bytes(weight: Weight, costs: dict[str, Any], use: str) -> float:
 
 @lru_cache(maxsize=1)
 def _engines() -> dict[str, Any]:
-    return tomllib.loads((files("runtimes") / "engines.toml").read_text(encoding="utf-8"))
+    found = tomllib.loads((files("runtimes") / "engines.toml").read_text(encoding="utf-8"))
+    return {name: found.get(costs.get("like"), {}) | costs for name, costs in found.items()}
 
 
 def _size(nbytes: float) -> str:

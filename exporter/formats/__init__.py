@@ -10,7 +10,8 @@ from exporter.quantization.scheme import Scheme
 @dataclass(frozen=True)
 class Format:
     """`libraries`: what must be installed to write it, which `extra` brings. `schemes`: what is offered, the best
-    first. `fit`: the nearest scheme that its products take, and why it differs ("" if it does not)."""
+    first. `fit`: the nearest scheme that its products take, and why it differs ("" if it does not). `block`: the
+    context is a multiple of so many tokens."""
 
     name: str
     engine: str
@@ -18,6 +19,7 @@ class Format:
     libraries: tuple[str, ...]
     schemes: tuple[str, ...]
     fit: Fit
+    block: int = 1
 
 
 def _onnx(scheme: Scheme) -> tuple[Scheme, str]:
@@ -95,6 +97,16 @@ def _core_ml_ane(scheme: Scheme) -> tuple[Scheme, str]:
     return scheme, ""
 
 
+def _core_ai(scheme: Scheme) -> tuple[Scheme, str]:
+    """Floats in 16 bits, integers, and tables of the sizes that coreai-torch packs."""
+    if scheme.bits in (3, 32):
+        why = {3: "coreai-torch packs no 3 bits", 32: "its LLMs compute in float16"}[scheme.bits]
+        raise RecipeError(
+            f"Core AI cannot hold {scheme.name} exactly ({why}): use fp16, int8, int4, or tables of 2, 4, 6 or 8 bits"
+        )
+    return replace(scheme, activations="float32"), ""
+
+
 FORMATS = {
     format.name: format
     for format in (
@@ -103,6 +115,9 @@ FORMATS = {
             "executorch", "executorch", "executorch", ("executorch",), ("int8", "int4", "int4-g128"), _xnnpack
         ),
         Format("coreml", "coreml", "coreml", ("coremltools",), ("fp16", "int8", "int4"), _core_ml_gpu),
+        Format(
+            "coreai", "coreai", "coreai", ("coreai_torch", "torch"), ("fp16", "int8", "int4"), _core_ai, 64
+        ),
     )
 }
 

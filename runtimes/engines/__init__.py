@@ -103,8 +103,8 @@ def choose_variant(bundle: Bundle, name: str | None = None) -> tuple[Variant, Ch
 
 
 def runs_here(variant: Variant) -> bool:
-    """Whether this machine is one that the variant was made for, whatever is installed on it."""
-    return not variant.chips and variant.delegate in _HERE
+    """Whether this machine has an engine and the chips that the variant was made for, whatever is installed on it."""
+    return variant.engine in ENGINES and not variant.chips and variant.delegate in _HERE
 
 
 def _hindrance(variant: Variant) -> BundleError | MissingExtra | None:

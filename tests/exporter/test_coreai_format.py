@@ -15,14 +15,19 @@ pytest.importorskip("coreai_torch", reason="coreai-torch is not installed", exc_
 
 from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.errors import RecipeError, UsageError
+from exporter.errors import GateFailed, PlanRefused, RecipeError, UsageError
 from exporter.formats import coreai
 from exporter.formats.coreai import ASSET, CHUNK, STEP, check_asset, graphs, kv_cache, write_coreai
+from exporter.gate import verify
 from exporter.pepper import checkpoint_path
+from exporter.pipeline import export
+from exporter.plan import make_plan
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.tensor import QuantizedTensor
 from exporter.quantization.weights import QuantizedWeights
 from exporter.torch_ops import TorchOps
+from runtimes.bundle import MANIFEST, Bundle
+from runtimes.engines import choose_variant
 from runtimes.errors import BundleError
 
 CONTEXT = 128
@@ -256,3 +261,40 @@ def test_a_damaged_asset_is_refused(checkpoints, tmp_path):
     (asset / "metadata.json").unlink()
     with pytest.raises(BundleError, match=r"metadata\.json is missing"):
         check_asset(asset)
+
+
+def test_export_writes_a_bundle_whose_asset_coreai_reads(tmp_path: Path) -> None:
+    bundle = export("pepper", tmp_path / "bundle", format="coreai", scheme="int4", context=CONTEXT)
+    (variant,) = bundle.manifest.variants
+    assert (variant.engine, variant.format, variant.context) == ("coreai", "coreai", CONTEXT)
+    assert bundle.manifest.gate is not None
+    assert bundle.manifest.gate.status == "unverified"  # nothing here runs it as a phone would
+    assert [check.name for check in bundle.manifest.gate.checks if check.passed] == [
+        "checksums",
+        "tokenizer",
+        "asset",
+        "not run",
+    ]
+    with pytest.raises(BundleError, match="engine coreai"):
+        choose_variant(bundle)
+
+
+def test_the_gate_misses_an_entry_point(tmp_path: Path) -> None:
+    bundle = export(
+        "pepper", tmp_path / "bundle", format="coreai", scheme="int4", context=CONTEXT, verify=False
+    )
+    manifest = tmp_path / "bundle" / MANIFEST
+    manifest.write_text(manifest.read_text("utf-8").replace('"in_step"', '"step"'), "utf-8")
+    with pytest.raises(GateFailed, match=f"extend_{CONTEXT}_{STEP}"):
+        verify(Bundle.open(bundle.path))
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [({"context": 100}, PlanRefused, "ask for 128"), ({"scheme": "fp32"}, RecipeError, "float16")],
+)
+def test_what_the_runner_cannot_have_is_refused_before_any_work(
+    asked: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with open_checkpoint("pepper") as checkpoint, pytest.raises(error, match=message):
+        make_plan(checkpoint.architecture, format="coreai", **asked)
