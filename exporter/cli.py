@@ -92,6 +92,7 @@ def export(
 ) -> None:
     from exporter import console
     from exporter.pipeline import export
+    from runtimes.engines import runs_here
 
     with console.progress() as progress:
         bundle = export(
@@ -122,8 +123,9 @@ def export(
         f"Plan: {manifest.model.name} for {manifest.device or 'this computer'}", manifest.plan
     )
     console.show_gate(manifest.gate)
+    verb = "run" if any(runs_here(variant) for variant in manifest.variants) else "inspect"
     console.console.print(
-        f"wrote {output} ({console.size(bundle.size())}); try: gochu run {output}", markup=False
+        f"wrote {output} ({console.size(bundle.size())}); try: gochu {verb} {output}", markup=False
     )
 
 

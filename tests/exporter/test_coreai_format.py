@@ -298,3 +298,11 @@ def test_what_the_runner_cannot_have_is_refused_before_any_work(
 ) -> None:
     with open_checkpoint("pepper") as checkpoint, pytest.raises(error, match=message):
         make_plan(checkpoint.architecture, format="coreai", **asked)
+
+
+def test_the_command_does_not_offer_to_run_what_cannot_run(gochu: Any, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    code, _, err = gochu("export", "pepper", "-o", out, "--format", "coreai", "--context", CONTEXT)
+    assert code == 0
+    assert "gochu inspect" in err.replace("\n", " ")
+    assert "gochu run" not in err.replace("\n", " ")
