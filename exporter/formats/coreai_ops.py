@@ -5,7 +5,6 @@ what the Neural Engine multiplies by. Weights keep the quantizer's integers and 
 dequantize constants, with which a convolution goes together.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional
 
 from exporter.architecture import Architecture
-from exporter.primitive_ops import REST, PrimitiveOps
+from exporter.formats.torch_primitives import TorchPrimitives
+from exporter.primitive_ops import REST
 from exporter.quantization.weights import Weights
 
 OPERATORS = "coreai_torch._compression.custom_layers"  # defines torch.ops.coreai.* when it is imported
@@ -37,7 +37,7 @@ def _(cache: Tensor, rows: Tensor, layer: int, step: Tensor) -> Tensor:
     return torch.empty_like(cache)
 
 
-class CoreAiOps(PrimitiveOps[Tensor]):
+class CoreAiOps(TorchPrimitives):
     """The verbs over the inputs of one entry point, `begin`'s; numbers are of `dtype`, float16 but in tests.
 
     What stays is a buffer of `held`, made in a first run on fake tensors, before tracing; entry points share the
@@ -129,48 +129,6 @@ class CoreAiOps(PrimitiveOps[Tensor]):
         if name not in self._shared:
             self._share(name, self._float(values))
         return self._kept(name)
-
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y
-
-    def subtract(self, x: Tensor, y: Tensor) -> Tensor:
-        return x - y
-
-    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
-        return x * y
-
-    def minimum(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.minimum(x, y)
-
-    def rsqrt(self, x: Tensor) -> Tensor:
-        return torch.rsqrt(x)
-
-    def sigmoid(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(x)
-
-    def tanh(self, x: Tensor) -> Tensor:
-        return torch.tanh(x)
-
-    def softmax(self, x: Tensor) -> Tensor:
-        return torch.softmax(x, -1)
-
-    def mean(self, x: Tensor) -> Tensor:
-        return x.mean(-1, keepdim=True)
-
-    def matmul(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.matmul(x, y)
-
-    def concat(self, values: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(values), -1)
-
-    def slice(self, x: Tensor, start: int, stop: int) -> Tensor:
-        return x[..., start:stop]
-
-    def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
-        return x.reshape(list(shape))
-
-    def transpose(self, x: Tensor, order: Sequence[int]) -> Tensor:
-        return x.permute(list(order))
 
     def _silu(self, x: Tensor) -> Tensor:
         return functional.silu(x)

@@ -5,7 +5,6 @@ takes together with the product that follows. Tensors that stay (weights, tables
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional
 
 from exporter.architecture import Architecture
-from exporter.primitive_ops import REST, PrimitiveOps
+from exporter.formats.torch_primitives import TorchPrimitives
+from exporter.primitive_ops import REST
 from exporter.quantization.tensor import QuantizedTensor
 from exporter.quantization.weights import Weights
 
 _HIDDEN = -3e4  # what a mask adds to a score that must not count: float16 holds it
 
 
-class TracedOps(PrimitiveOps[Tensor]):
+class TracedOps(TorchPrimitives):
     """The verbs as XNNPACK and ExecuTorch's kernels for CPUs take them: those that `formats.executorch` writes.
 
     Tokens are [1, length]; a cache is float32 [1, context, kv_heads, head_dim]. Buffers are made in a first run,
@@ -111,45 +111,9 @@ class TracedOps(PrimitiveOps[Tensor]):
             self._keep(name, values)
         return self[name]
 
-    def subtract(self, x: Tensor, y: Tensor) -> Tensor:
-        return x - y
-
-    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
-        return x * y
-
-    def minimum(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.minimum(x, y)
-
-    def rsqrt(self, x: Tensor) -> Tensor:
-        return torch.rsqrt(x)
-
-    def sigmoid(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(x)
-
-    def tanh(self, x: Tensor) -> Tensor:
-        return torch.tanh(x)
-
-    def softmax(self, x: Tensor) -> Tensor:
-        return torch.softmax(x, -1)
-
     def mean(self, x: Tensor) -> Tensor:
         size = x.shape[-1]  # as a product, since XNNPACK's partitioner takes no mean of the last dimension
         return functional.linear(x, self.constant(f"mean.{size}", np.full((1, size), 1 / size, np.float32)))
-
-    def matmul(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.matmul(x, y)
-
-    def concat(self, values: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(values), -1)
-
-    def slice(self, x: Tensor, start: int, stop: int) -> Tensor:
-        return x[..., start:stop]
-
-    def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
-        return x.reshape(list(shape))
-
-    def transpose(self, x: Tensor, order: Sequence[int]) -> Tensor:
-        return x.permute(list(order))
 
     # positions
 
