@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional
 
 from exporter.architecture import Architecture
-from exporter.formats.torch_primitives import TorchPrimitives
 from exporter.primitive_ops import REST
 from exporter.quantization.weights import Weights
+from exporter.torch_primitives import TorchPrimitives
 
 OPERATORS = "coreai_torch._compression.custom_layers"  # defines torch.ops.coreai.* when it is imported
 _HIDDEN = -40000.0  # what a mask adds to a score that must not count, as Apple's runner fills its own

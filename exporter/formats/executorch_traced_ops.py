@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional
 
 from exporter.architecture import Architecture
-from exporter.formats.torch_primitives import TorchPrimitives
 from exporter.primitive_ops import REST
 from exporter.quantization.tensor import QuantizedTensor
 from exporter.quantization.weights import Weights
+from exporter.torch_primitives import TorchPrimitives
 
 _HIDDEN = -3e4  # what a mask adds to a score that must not count: float16 holds it
 
