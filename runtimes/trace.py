@@ -26,9 +26,9 @@ from pydantic import ValidationError
 from runtimes import checksums
 from runtimes.bundle import Bundle, Strict
 from runtimes.engines import choose_variant, settle
-from runtimes.errors import EngineError, GochuError, UsageError
+from runtimes.errors import EngineError, UsageError
 from runtimes.measurement import Place, Subject, quantile
-from runtimes.targets.host import place, run_apart, subject
+from runtimes.targets.host import answer, place, run_apart, subject
 from runtimes.workload import Case, Workload, preset, prompt_ids
 
 FRAMEWORK = "framework and tracing"
@@ -285,15 +285,5 @@ def _operators(passes: Sequence[Run], whole: float) -> tuple[Operator, ...]:
     return tuple(sorted(operators, key=lambda each: -each.total))
 
 
-def main() -> int:
-    """The tracing process: a job on standard input, a trace on standard output."""
-    try:
-        print(run(Job.model_validate_json(sys.stdin.read())).model_dump_json())
-    except GochuError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer(Job, run))

@@ -8,9 +8,11 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -21,6 +23,8 @@ from runtimes.errors import EngineError, GochuError, MissingExtra
 from runtimes.extras import require
 from runtimes.measurement import Figure, Measurement, Method, Place, Subject, measured
 from runtimes.workload import Case, Workload, preset, prompt_ids
+
+Told = TypeVar("Told", bound=Strict)
 
 
 class Job(Strict):
@@ -222,10 +226,13 @@ def _figures(case: Case, samples: Samples) -> tuple[Figure, ...]:
     return tuple(figures)
 
 
-def main() -> int:
-    """The measuring process: a job on standard input, samples on standard output."""
+def answer(kind: type[Told], run: Callable[[Told], Strict]) -> int:
+    """What a process of `run_apart` does: a job on standard input, what `run` makes of it on standard output.
+
+    Returns the exit code; the sentence of a GochuError goes to standard error.
+    """
     try:
-        print(run(Job.model_validate_json(sys.stdin.read())).model_dump_json())
+        print(run(kind.model_validate_json(sys.stdin.read())).model_dump_json())
     except GochuError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -233,4 +240,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer(Job, run))
