@@ -18,6 +18,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from exporter import decoder
 from exporter.architecture import Architecture
 from exporter.errors import RecipeError, UsageError
+from exporter.formats import FORMATS
 from exporter.formats.coreai_ops import OPERATORS, CoreAiOps
 from exporter.quantization.weights import Weights
 from runtimes import extras
@@ -192,6 +194,8 @@ def write_coreai(arch: Architecture, weights: Weights, context: int, folder: Pat
     with _quietly():
         asset = _convert(parts).save_asset(folder / ASSET)
         asset.update_metadata(functools.partial(_describe, family=arch.family, context=context))
+    metadata = folder / ASSET / _METADATA  # coreai's writer gives its keys in an order that changes
+    metadata.write_text(json.dumps(json.loads(metadata.read_bytes()), indent=2, sort_keys=True), "utf-8")
     return tuple(_entry_point(name, part) for name, part in parts.items())
 
 
@@ -265,12 +269,10 @@ def _check_schemes(arch: Architecture, weights: Weights) -> None:
     """RecipeError for the first weight that cannot be held exactly."""
     for name, shape in arch.matrices():
         scheme = weights.scheme(name)
-        if scheme.bits in (3, 32):
-            why = {3: "coreai-torch 0.4.3 packs no 3 bits", 32: "its LLMs compute in float16"}[scheme.bits]
-            raise RecipeError(
-                f"{name} {list(shape)} is {scheme.name}, which Core AI cannot hold exactly ({why}): it takes fp16, "
-                "int8, int4, and tables of 2, 4, 6 or 8 bits; choose one of those, or another format"
-            )
+        try:
+            FORMATS["coreai"].fit(scheme)
+        except RecipeError as error:
+            raise RecipeError(f"{name} {list(shape)} is {scheme.name}, and {error}") from None
 
 
 def _convert(parts: dict[str, Graph]) -> Any:
