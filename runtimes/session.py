@@ -27,10 +27,9 @@ class Session(ABC):
         if len(tokens) == 0:
             raise PromptError("there are no tokens to run; give a prompt that is not empty")
         ids = np.asarray(tokens, np.int64)
-        if ids.min() < 0 or ids.max() >= self.vocab:
-            raise PromptError(
-                f"token {ids.min() if ids.min() < 0 else ids.max()} is not in the vocabulary of {self.vocab}"
-            )
+        if ids.view(np.uint64).max() >= self.vocab:  # negative ones are huge as unsigned numbers: one look
+            strange = ids[(ids < 0) | (ids >= self.vocab)][0]
+            raise PromptError(f"token {strange} is not in the vocabulary of {self.vocab}")
         return self._run_prompt(ids)
 
     def decode(self, token: int) -> np.ndarray:

@@ -115,7 +115,8 @@ class OnnxRuntimeEngine(Session):
         self._prefill = self._binding()
         self._step = self._binding()
         self._step.bind_cpu_input("input_ids", self._token)
-        _bind_output(self._step, "logits", self._logits)
+        for binding in (self._step, self._prefill):
+            _bind_output(binding, "logits", self._logits)
 
     @property
     def version(self) -> str:
@@ -123,12 +124,13 @@ class OnnxRuntimeEngine(Session):
 
     def _run_prompt(self, ids: np.ndarray) -> np.ndarray:
         logits = self._logits
-        for chunk in np.split(ids, range(self._chunk, len(ids), self._chunk)):
+        for start in range(0, len(ids), self._chunk):
+            chunk = ids[None, start : start + self._chunk]
             if self._all_logits:
-                logits = np.empty((1, len(chunk), self.vocab), np.float32)
-            _bind_output(self._prefill, "logits", logits)
-            self._prefill.bind_cpu_input("input_ids", chunk[None])
-            self._run(self._prefill, len(chunk))
+                logits = np.empty((1, chunk.shape[1], self.vocab), np.float32)
+                _bind_output(self._prefill, "logits", logits)
+            self._prefill.bind_cpu_input("input_ids", chunk)
+            self._run(self._prefill, chunk.shape[1])
         return logits[0, -1].copy()
 
     def _run_token(self, token: int) -> np.ndarray:
