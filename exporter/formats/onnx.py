@@ -6,28 +6,23 @@ MatMulNBits multiplies by integers as they are stored; SkipSimplifiedLayerNormal
 while it normalises. Inputs and outputs have the names that onnxruntime-genai expects.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import onnx
-from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
+from exporter import decoder
 from exporter.architecture import Architecture
-from exporter.decoder import decoder
+from exporter.formats.onnx_graph import CONTRIB, DataFile, GraphBuilder, joined, save
 from exporter.quantization.tensor import QuantizedTensor
 from exporter.quantization.weights import Weights
 from runtimes.bundle import EntryPoint, KVCache, TensorSpec
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
-LAYOUT = "gochu.weights"  # metadata key: canonical name -> where it lies in the file's initializers
-_CONTRIB = "com.microsoft"
-_OPSET, _IR = 21, 10
-_INLINE = 1024  # bytes up to which a constant stays in the graph
+OPSET, IR = 21, 10
 
 
 @dataclass
@@ -54,55 +49,51 @@ class OnnxOps:
     """The verbs of `decoder.Ops` on names of ONNX values; weights go to `data` as they are met."""
 
     def __init__(
-        self, arch: Architecture, weights: Weights, context: int, data: BinaryIO, last_only: bool
+        self, arch: Architecture, weights: Weights, context: int, data: DataFile, last_only: bool
     ) -> None:
         self.arch, self.weights, self.last_only = arch, weights, last_only
+        self.g = GraphBuilder(data)
         self._data = data
-        self._nodes: list[Any] = []
-        self._values = 0
-        self._initializers: dict[str, Any] = {}
-        self._layout: dict[str, dict[str, Any]] = {}
         cos, sin = arch.rope.tables(context)
-        self._constant("rope.cos", cos)
-        self._constant("rope.sin", sin)
-        one = self._constant("one", np.array([1], np.int64))
-        length = self._emit("ReduceSum", ["attention_mask", one], keepdims=0)
-        self._last_index = self._emit(
-            "Cast", [self._emit("Sub", [length, one])], name="sequence_lengths", to=TensorProto.INT32
+        self._data.constant("rope.cos", cos)
+        self._data.constant("rope.sin", sin)
+        one = self._data.constant("one", np.array([1], np.int64))
+        length = self.g.emit("ReduceSum", ["attention_mask", one], keepdims=0)
+        self._last_index = self.g.emit(
+            "Cast", [self.g.emit("Sub", [length, one])], name="sequence_lengths", to=TensorProto.INT32
         )
-        total = self._emit("Squeeze", [self._emit("Shape", ["attention_mask"], start=1, end=2)])
-        self._total = self._emit("Cast", [total], name="total_length", to=TensorProto.INT32)
+        total = self.g.emit("Squeeze", [self.g.emit("Shape", ["attention_mask"], start=1, end=2)])
+        self._total = self.g.emit("Cast", [total], name="total_length", to=TensorProto.INT32)
 
     # the verbs
 
     def embed(self, tokens: Value, weight: str) -> Value:
-        tensor = self.weights.matrix(weight)
-        ids = self._name(tokens)
-        if not tensor.scheme.is_integer:
-            rows = self._emit("Gather", [self._store([tensor]), ids])
-            return rows if tensor.scheme.bits == 32 else self._emit("Cast", [rows], to=TensorProto.FLOAT)
-        stored = self._store([tensor])
-        rows_, inputs = tensor.shape
-        if tensor.scheme.group is None:
-            q = self._emit("Cast", [self._emit("Gather", [stored, ids])], to=TensorProto.FLOAT)
-            scales = self._alias(f"{stored}.scales", "embedding.table.scales", [rows_, 1])
-            return self._emit("Mul", [q, self._emit("Gather", [scales, ids])])
-        table = self._alias(stored, "embedding.table", [rows_, inputs * tensor.scheme.bits // 8])
-        scales = self._alias(
-            f"{stored}.scales", "embedding.table.scales", [rows_, inputs // tensor.scheme.group]
+        scheme, ids = self.weights.scheme(weight), self._name(tokens)
+        place = self._place([weight])
+        stored, rows_, inputs = place["initializer"], place["rows"], place["inputs"]
+        if not scheme.is_integer:
+            rows = self.g.emit("Gather", [stored, ids])
+            return rows if scheme.bits == 32 else self.g.emit("Cast", [rows], to=TensorProto.FLOAT)
+        if scheme.group is None:
+            q = self.g.emit("Cast", [self.g.emit("Gather", [stored, ids])], to=TensorProto.FLOAT)
+            scales = self._data.alias(f"{stored}.scales", "embedding.table.scales", [rows_, 1])
+            return self.g.emit("Mul", [q, self.g.emit("Gather", [scales, ids])])
+        table = self._data.alias(stored, "embedding.table", [rows_, inputs * scheme.bits // 8])
+        scales = self._data.alias(
+            f"{stored}.scales", "embedding.table.scales", [rows_, inputs // scheme.group]
         )
-        return self._emit(
+        return self.g.emit(
             "GatherBlockQuantized",
             [table, ids, scales],
-            domain=_CONTRIB,
-            bits=tensor.scheme.bits,
-            block_size=tensor.scheme.group,
+            domain=CONTRIB,
+            bits=scheme.bits,
+            block_size=scheme.group,
             gather_axis=0,
             quantize_axis=1,
         )
 
     def scale(self, x: Value, factor: float) -> Value:
-        return self._emit("Mul", [self._name(x), self._scalar(factor)])
+        return self.g.emit("Mul", [self._name(x), self.g.scalar(factor)])
 
     def add(self, x: Value, y: Value) -> Value:
         return Sum(x, y)
@@ -110,23 +101,21 @@ class OnnxOps:
     def rms_norm(self, x: Value, weight: str) -> Value:
         gamma = self._vector([weight])
         if isinstance(x, Sum) and x.name is None:
-            normed, x.name = self._fresh(), self._fresh()
-            self._node(
+            normed, x.name = self.g.fresh(), self.g.fresh()
+            self.g.node(
                 "SkipSimplifiedLayerNormalization",
                 [self._name(x.left), self._name(x.right), gamma],
                 [normed, "", "", x.name],
-                domain=_CONTRIB,
+                domain=CONTRIB,
                 epsilon=self.arch.norm_eps,
             )
             return normed
-        return self._emit(
+        return self.g.emit(
             "SimplifiedLayerNormalization", [self._name(x), gamma], epsilon=self.arch.norm_eps, axis=-1
         )
 
     def linear(self, x: Value, weight: str) -> Value:
-        if weight in self._layout:  # the tied head: the embedding's bytes once more
-            return self._matmul(x, [weight])
-        return self._product(x, [self.weights.matrix(weight)])
+        return self._matmul(x, [weight])
 
     def linears(self, x: Value, weights: Sequence[str]) -> Sequence[Value]:
         return [Linear(x, weight) for weight in weights]
@@ -134,19 +123,19 @@ class OnnxOps:
     def attention(self, q: Value, k: Value, v: Value, layer: int) -> Value:
         packed = self._packed([q, k, v])
         qkv = [packed, "", ""] if packed else [self._name(q), self._name(k), self._name(v)]
-        out = self._fresh()
-        self._node(
+        out = self.g.fresh()
+        self.g.node(
             "GroupQueryAttention",
             [
                 *qkv,
-                *_cache_names("past_key_values", layer),
+                *cache_names("past_key_values", layer),
                 self._last_index,
                 self._total,
                 "rope.cos",
                 "rope.sin",
             ],
-            [out, *_cache_names("present", layer)],
-            domain=_CONTRIB,
+            [out, *cache_names("present", layer)],
+            domain=CONTRIB,
             num_heads=self.arch.heads,
             kv_num_heads=self.arch.kv_heads,
             scale=self.arch.attention_scale,
@@ -160,22 +149,24 @@ class OnnxOps:
     def gated(self, gate: Value, up: Value) -> Value:
         g, u = self._name(gate), self._name(up)
         if self.arch.activation == "silu":
-            active = self._emit("QuickGelu", [g], domain=_CONTRIB, alpha=1.0)
+            active = self.g.emit("QuickGelu", [g], domain=CONTRIB, alpha=1.0)
         else:
-            active = self._emit("Gelu", [g], approximate="tanh")
-        return self._emit("Mul", [active, u])
+            active = self.g.emit("Gelu", [g], approximate="tanh")
+        return self.g.emit("Mul", [active, u])
 
     def last(self, x: Value) -> Value:
         if not self.last_only:
             return x
         if isinstance(x, Sum) and x.name is None:
             return Sum(self.last(x.left), self.last(x.right))
-        index = self._constant("last", np.array([-1], np.int64))
-        return self._emit("Gather", [self._name(x), index], axis=1)
+        index = self._data.constant("last", np.array([-1], np.int64))
+        return self.g.emit("Gather", [self._name(x), index], axis=1)
 
     def softcap(self, x: Value, cap: float) -> Value:
-        factor = self._scalar(cap)
-        return self._emit("Mul", [self._emit("Tanh", [self._emit("Div", [self._name(x), factor])]), factor])
+        factor = self.g.scalar(cap)
+        return self.g.emit(
+            "Mul", [self.g.emit("Tanh", [self.g.emit("Div", [self._name(x), factor])]), factor]
+        )
 
     # products
 
@@ -186,23 +177,19 @@ class OnnxOps:
             return None
         if len({self.weights.scheme(linear.weight) for linear in linears}) > 1:
             return None
-        return self._product(linears[0].x, [self.weights.matrix(linear.weight) for linear in linears])
-
-    def _product(self, x: Value, tensors: Sequence[QuantizedTensor]) -> str:
-        self._store(tensors)
-        return self._matmul(x, [tensor.name for tensor in tensors])
+        return self._matmul(linears[0].x, [linear.weight for linear in linears])
 
     def _matmul(self, x: Value, names: Sequence[str]) -> str:
-        """x @ Wᵀ (+ bias) for weights that are stored, below each other if they are several."""
-        layout = self._layout[names[0]]
+        """x @ Wᵀ (+ bias) for weights that lie below each other if they are several."""
+        layout = self._place(names)
         stored, inputs = layout["initializer"], layout["inputs"]
-        outputs = self._initializers[stored].dims[0]
+        outputs = self._data.tensors[stored].dims[0]
         bits, group = layout["bits"], layout["group"]
         if bits <= 8 and group:
-            y = self._emit(
+            y = self.g.emit(
                 "MatMulNBits",
                 [self._name(x), stored, f"{stored}.scales"],
-                domain=_CONTRIB,
+                domain=CONTRIB,
                 K=inputs,
                 N=outputs,
                 bits=bits,
@@ -211,24 +198,30 @@ class OnnxOps:
             )
         else:
             # A Cast of a constant is done once, as the model is loaded; DequantizeLinear would be for each token
-            weight = stored if bits == 32 else self._emit("Cast", [stored], to=TensorProto.FLOAT)
-            y = self._emit("FusedMatMul", [self._name(x), weight], domain=_CONTRIB, transB=1)
+            weight = stored if bits == 32 else self.g.emit("Cast", [stored], to=TensorProto.FLOAT)
+            y = self.g.emit("FusedMatMul", [self._name(x), weight], domain=CONTRIB, transB=1)
             if bits <= 8:
-                y = self._emit("Mul", [y, f"{stored}.scales"])
+                y = self.g.emit("Mul", [y, f"{stored}.scales"])
         if names[0].partition(".")[2].partition(".")[2] in self.arch.biases:
-            y = self._emit("Add", [y, self._vector([f"{name}.bias" for name in names])])
+            y = self.g.emit("Add", [y, self._vector([f"{name}.bias" for name in names])])
         return y
 
     # weights
 
-    def _store(self, tensors: Sequence[QuantizedTensor]) -> str:
-        """Write tensors of one scheme below each other; returns the initializer's name."""
-        name = _joined([tensor.name for tensor in tensors])
+    def _place(self, names: Sequence[str]) -> dict[str, Any]:
+        """Where the first of some weights lies; they are written now, unless they were (a tied head, another graph)."""
+        if names[0] not in self._data.layout:
+            self._store([self.weights.matrix(name) for name in names])
+        return self._data.layout[names[0]]
+
+    def _store(self, tensors: Sequence[QuantizedTensor]) -> None:
+        """Write tensors of one scheme below each other."""
+        name = joined([tensor.name for tensor in tensors])
         scheme, inputs = tensors[0].scheme, tensors[0].shape[1]
         outputs = sum(tensor.shape[0] for tensor in tensors)
         data = [tensor.data for tensor in tensors]
         if scheme.is_integer and scheme.group:
-            self._external(
+            self._data.append(
                 name,
                 TensorProto.UINT8,
                 [outputs, inputs // scheme.group, scheme.group * scheme.bits // 8],
@@ -237,17 +230,17 @@ class OnnxOps:
             scales_shape = [outputs * (inputs // scheme.group)]
         elif scheme.is_integer:
             signed = [block ^ 0x80 for block in data]  # int8, which Cast makes the integers themselves of
-            self._external(name, TensorProto.INT8, [outputs, inputs], signed)
+            self._data.append(name, TensorProto.INT8, [outputs, inputs], signed)
             scales_shape = [outputs]
         else:
             kind = TensorProto.FLOAT16 if scheme.bits == 16 else TensorProto.FLOAT
-            self._external(name, kind, [outputs, inputs], data)
+            self._data.append(name, kind, [outputs, inputs], data)
         if scheme.is_integer:
             scales = [tensor.scales for tensor in tensors if tensor.scales is not None]
-            self._external(f"{name}.scales", TensorProto.FLOAT, scales_shape, scales)
+            self._data.append(f"{name}.scales", TensorProto.FLOAT, scales_shape, scales)
         row = 0
         for tensor in tensors:
-            self._layout[tensor.name] = {
+            self._data.layout[tensor.name] = {
                 "initializer": name,
                 "row": row,
                 "rows": tensor.shape[0],
@@ -257,95 +250,33 @@ class OnnxOps:
                 "activations": scheme.activations,
             }
             row += tensor.shape[0]
-        return name
 
     def _vector(self, names: Sequence[str]) -> str:
         """Norm weights or biases, joined."""
+        if names[0] in self._data.layout:
+            return joined(names)
         vectors = [self.weights.vector(name) for name in names]
         row = 0
         for name, vector in zip(names, vectors, strict=True):
-            self._layout[name] = {"initializer": _joined(names), "row": row, "rows": len(vector)}
+            self._data.layout[name] = {"initializer": joined(names), "row": row, "rows": len(vector)}
             row += len(vector)
-        return self._constant(_joined(names), np.concatenate(vectors))
+        return self._data.constant(joined(names), np.concatenate(vectors))
 
-    def _constant(self, name: str, values: NDArray[Any]) -> str:
-        if name not in self._initializers:
-            if values.nbytes > _INLINE:
-                self._external(
-                    name, helper.np_dtype_to_tensor_dtype(values.dtype), list(values.shape), [values]
-                )
-            else:
-                self._initializers[name] = onnx.numpy_helper.from_array(values, name)
-        return name
+    def output(self, value: Value, name: str) -> None:
+        """A value that the graph gives, under this name."""
+        self.g.rename(self._name(value), name)
 
-    def _scalar(self, value: float) -> str:
-        return self._constant(f"scalar.{value!r}", np.array(value, np.float32))
-
-    def _external(self, name: str, kind: int, dims: Sequence[int], blocks: Sequence[NDArray[Any]]) -> None:
-        """Append bytes to the data file; only their place stays in memory."""
-        size = sum(block.nbytes for block in blocks)
-        align = 4096 if size >= 1 << 16 else 64  # whole pages can be mapped
-        self._data.write(b"\0" * (-self._data.tell() % align))
-        offset = self._data.tell()
-        for block in blocks:
-            self._data.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
-        self._initializers[name] = _external_tensor(name, kind, dims, offset, size)
-
-    def _alias(self, stored: str, name: str, dims: Sequence[int]) -> str:
-        """The same bytes in another shape, under another name."""
-        tensor = TensorProto()
-        tensor.CopyFrom(self._initializers[stored])
-        tensor.name = name
-        tensor.dims[:] = dims
-        self._initializers[name] = tensor
-        return name
-
-    # nodes
+    # values put off
 
     def _name(self, value: Value) -> str:
         """The name of a value, emitting what was put off."""
         if isinstance(value, Sum):
             if value.name is None:
-                value.name = self._emit("Add", [self._name(value.left), self._name(value.right)])
+                value.name = self.g.emit("Add", [self._name(value.left), self._name(value.right)])
             return value.name
         if isinstance(value, Linear):
             return self._name(self.linear(value.x, value.weight))
         return value
-
-    def _emit(
-        self, op: str, inputs: Sequence[str], name: str | None = None, domain: str = "", **attributes: Any
-    ) -> str:
-        """Add a node with one output; returns the output's name."""
-        output = name or self._fresh()
-        self._node(op, inputs, [output], domain, **attributes)
-        return output
-
-    def _node(
-        self, op: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: Any
-    ) -> None:
-        name = f"{op}_{len(self._nodes)}"
-        self._nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
-
-    def _fresh(self) -> str:
-        self._values += 1
-        return f"v{self._values}"
-
-    def model(self, logits: Value, entry: EntryPoint) -> Any:
-        """The finished ModelProto, weights outside."""
-        renamed = self._name(logits)
-        producer = next(node for node in reversed(self._nodes) if renamed in node.output)
-        producer.output[list(producer.output).index(renamed)] = "logits"
-        graph = helper.make_graph(
-            self._nodes,
-            "decoder",
-            [_value_info(spec) for spec in entry.inputs],
-            [_value_info(spec) for spec in entry.outputs],
-            list(self._initializers.values()),
-        )
-        opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_CONTRIB, 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR, producer_name="gochu")
-        helper.set_model_props(model, {LAYOUT: json.dumps(self._layout)})
-        return model
 
 
 def write_onnx(
@@ -356,10 +287,10 @@ def write_onnx(
     Memory is bounded by the largest weight (quantized), time by reading the checkpoint once.
     """
     entry = _entry_point(arch, last_only)
-    with open(folder / DATA, "wb") as data:
-        ops = OnnxOps(arch, weights, context, data, last_only)
-        model = ops.model(decoder(ops, arch, "input_ids"), entry)
-    (folder / GRAPH).write_bytes(model.SerializeToString())
+    with open(folder / DATA, "wb") as file:
+        ops = OnnxOps(arch, weights, context, DataFile(file, DATA), last_only)
+        ops.output(decoder.decoder(ops, arch, "input_ids"), "logits")
+        save(ops.g.model("decoder", entry.inputs, entry.outputs, OPSET, IR, whole=True), folder / GRAPH)
     return entry
 
 
@@ -377,7 +308,7 @@ def kv_cache(arch: Architecture) -> KVCache:
 def _entry_point(arch: Architecture, last_only: bool) -> EntryPoint:
     def cache(prefix: str, length: str) -> list[TensorSpec]:
         shape = ("batch", arch.kv_heads, length, arch.head_dim)
-        names = [name for i in range(arch.layers) for name in _cache_names(prefix, i)]
+        names = [name for i in range(arch.layers) for name in cache_names(prefix, i)]
         return [TensorSpec(name=name, dtype="float32", shape=shape) for name in names]
 
     logits = TensorSpec(
@@ -395,27 +326,5 @@ def _entry_point(arch: Architecture, last_only: bool) -> EntryPoint:
     )
 
 
-def _cache_names(prefix: str, layer: int) -> list[str]:
+def cache_names(prefix: str, layer: int) -> list[str]:
     return [f"{prefix}.{layer}.key", f"{prefix}.{layer}.value"]
-
-
-def _value_info(spec: TensorSpec) -> Any:
-    kind = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}[spec.dtype]
-    return helper.make_tensor_value_info(spec.name, kind, list(spec.shape))
-
-
-def _external_tensor(name: str, kind: int, dims: Sequence[int], offset: int, size: int) -> Any:
-    tensor = TensorProto(name=name, data_type=kind, dims=dims, data_location=TensorProto.EXTERNAL)
-    for key, value in {"location": DATA, "offset": offset, "length": size}.items():
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
-
-
-def _joined(names: Sequence[str]) -> str:
-    """layers.0.attention.q + .k + .v -> layers.0.attention.q+k+v; a bias likewise."""
-    if len(names) == 1:
-        return names[0]
-    bias = names[0].endswith(".bias")
-    bare = [name.removesuffix(".bias") for name in names]
-    prefix = bare[0].rpartition(".")[0]
-    return f"{prefix}.{'+'.join(name.rpartition('.')[2] for name in bare)}" + (".bias" if bias else "")

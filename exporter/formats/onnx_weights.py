@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from exporter.formats.onnx import LAYOUT
+from exporter.formats.onnx_graph import LAYOUT
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor
 from runtimes.errors import BundleError

@@ -12,6 +12,7 @@ import pytest
 from exporter import export
 from exporter.errors import GateFailed
 from exporter.formats.onnx import OnnxOps
+from exporter.formats.onnx_graph import DataFile, GraphBuilder
 from exporter.tokenizer import TextSide
 
 
@@ -55,10 +56,10 @@ def after_init(patch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
     patch.setattr(OnnxOps, "__init__", init)
 
 
-def wrap(patch: pytest.MonkeyPatch, verb: str, change: Callable[..., Any]) -> None:
+def wrap(patch: pytest.MonkeyPatch, verb: str, change: Callable[..., Any], owner: type = OnnxOps) -> None:
     """Replace a verb; `change(original, self, ...)`."""
-    original = getattr(OnnxOps, verb)
-    patch.setattr(OnnxOps, verb, lambda self, *rest, **more: change(original, self, *rest, **more))
+    original = getattr(owner, verb)
+    patch.setattr(owner, verb, lambda self, *rest, **more: change(original, self, *rest, **more))
 
 
 @wrong("two weights swapped")
@@ -114,22 +115,22 @@ def _(patch):
 
 @wrong("exact GELU for tanh GELU")
 def _(patch):
-    def emit(verb: Any, self: OnnxOps, op: str, *rest: Any, **more: Any) -> Any:
+    def emit(verb: Any, self: GraphBuilder, op: str, *rest: Any, **more: Any) -> Any:
         more.pop("approximate", None)
         return verb(self, op, *rest, **more)
 
-    wrap(patch, "_emit", emit)
+    wrap(patch, "emit", emit, GraphBuilder)
 
 
 @wrong("one integer changed")
 def _(patch):
-    def external(verb: Any, self: OnnxOps, name: str, kind: int, dims: Any, blocks: Any) -> None:
+    def append(verb: Any, self: DataFile, name: str, kind: int, dims: Any, blocks: Any) -> Any:
         if name == "layers.1.mlp.down":
             blocks = [block.copy() for block in blocks]
             blocks[0].reshape(-1).view(np.uint8)[5] ^= 1
-        verb(self, name, kind, dims, blocks)
+        return verb(self, name, kind, dims, blocks)
 
-    wrap(patch, "_external", external)
+    wrap(patch, "append", append, DataFile)
 
 
 @wrong("norm offset lost")

@@ -189,7 +189,7 @@ def kill_in(function: str, after: int, *arguments: object) -> None:
     """Run an export in a process that is killed at the `after`th call of a function of the pipeline's."""
     script = f"""
 import os, signal, sys
-import exporter.pipeline, exporter.formats.onnx
+import exporter.pipeline, exporter.formats.onnx_graph
 module, name = {function!r}.rsplit(":", 1)
 owner = sys.modules[module.partition("/")[0]]
 for part in module.split("/")[1:]:
@@ -239,7 +239,7 @@ def test_killed_while_weights_are_written(checkpoints, tmp_path, gochu, after):
         "--no-verify",
         "-o",
     ]
-    kill_in("exporter.formats.onnx/OnnxOps:_external", after, *arguments, out)
+    kill_in("exporter.formats.onnx_graph/DataFile:append", after, *arguments, out)
     assert not out.exists()
     for folder in (out, fresh):
         code, _, err = gochu(*arguments, folder)
