@@ -91,11 +91,16 @@ class Probe(Strict):
 
 
 class TensorSpec(Strict):
-    """One input or output of an entry point; a dimension that varies is given by its name."""
+    """One input or output of an entry point; a dimension that varies is given by its name.
+
+    An integer that stands for a real number is (integer - `zero_point`) * `scale`.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    scale: float | None = None
+    zero_point: int | None = None
 
 
 class EntryPoint(Strict):

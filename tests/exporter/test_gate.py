@@ -189,10 +189,10 @@ def test_a_weight_that_was_never_written_is_caught(scheme, checkpoints, tmp_path
 
 @pytest.mark.parametrize("scheme", ["fp32", "int4"])
 def test_a_bias_that_is_written_but_not_added_is_caught(scheme, checkpoints, tmp_path, monkeypatch):
-    def emit(verb: Any, self: OnnxOps, op: str, inputs: Any, *rest: Any, **more: Any) -> Any:
+    def emit(verb: Any, self: GraphBuilder, op: str, inputs: Any, *rest: Any, **more: Any) -> Any:
         return inputs[0] if inputs[-1] == "layers.1.mlp.down.bias" else verb(self, op, inputs, *rest, **more)
 
-    wrap(monkeypatch, "_emit", emit)
+    wrap(monkeypatch, "emit", emit, GraphBuilder)
     with pytest.raises(GateFailed, match=r"graph|tokens|logits"):
         export(checkpoints.folder("llama-biases"), tmp_path / "out", scheme=scheme, context=128)
 
