@@ -144,10 +144,26 @@ class Residency(Strict):
     weight_bytes_on: int = 0
 
 
+class Compiled(Strict):
+    """What a vendor's compiler made of a variant's graphs.
+
+    `chip`: its number in the vendor's SDK, of generation `arch`; `sdk`: the version that compiled, and
+    `minimum_sdk` the first that knows the chip, if that is known. `sources`: the graphs that were compiled, which the
+    vendor's simulator runs.
+    """
+
+    chip: int
+    arch: str
+    sdk: str
+    minimum_sdk: str | None = None
+    sources: tuple[EntryPoint, ...]
+
+
 class Variant(Strict):
     """One way to run the model. `chips` are the chip ids it was made for; empty means any.
 
     `delegate`: what computes for the engine, where it hands that on (xnnpack, vulkan, coreml, ...).
+    `allows_cpu_ops`: whoever exported it accepted operations outside of the accelerator.
     """
 
     name: str
@@ -162,6 +178,8 @@ class Variant(Strict):
     kv_cache: KVCache
     files: tuple[RelativePath, ...]
     residency: Residency | None = None
+    allows_cpu_ops: bool = False
+    compiled: Compiled | None = None
     toolchain: dict[str, str]  # package -> version
 
 

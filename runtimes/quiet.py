@@ -9,26 +9,31 @@ from contextlib import contextmanager, redirect_stderr
 
 
 @contextmanager
-def quiet() -> Iterator[list[str]]:
+def quiet(stdout: bool = False) -> Iterator[list[str]]:
     """Take what is written to standard error, by native code too, and drop warnings.
 
-    The list holds the lines when the block has ended, for an error's reason.
+    The list holds the lines when the block has ended, for an error's reason. `stdout`: what is written to standard
+    output below Python goes the same way.
     """
     lines: list[str] = []
+    taken = (1, 2) if stdout else (2,)
+    sys.stdout.flush()
     sys.stderr.flush()
-    kept = os.dup(2)
+    kept = {number: os.dup(number) for number in taken}
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file,
         warnings.catch_warnings(),
         redirect_stderr(file),  # Python's own is another one in a notebook
     ):
         warnings.simplefilter("ignore")
-        os.dup2(file.fileno(), 2)
+        for number in taken:
+            os.dup2(file.fileno(), number)
         try:
             yield lines
         finally:
             file.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
+            for number, original in kept.items():
+                os.dup2(original, number)
+                os.close(original)
             file.seek(0)
             lines += file.read().splitlines()

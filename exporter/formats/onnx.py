@@ -8,6 +8,7 @@ while it normalises. Inputs and outputs have the names that onnxruntime-genai ex
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,20 @@ class OnnxOps:
         self.arch, self.weights, self.last_only = arch, weights, last_only
         self.g = GraphBuilder(data)
         self._data = data
-        cos, sin = arch.rope.tables(context)
-        self._data.constant("rope.cos", cos)
-        self._data.constant("rope.sin", sin)
+        self._context = context
+
+    @cached_property
+    def _rotary(self) -> list[str]:
+        """What attention needs besides the cache: tokens so far, less one and as a length; cosines and sines."""
+        cos, sin = self.arch.rope.tables(self._context)
+        tables = [self._data.constant("rope.cos", cos), self._data.constant("rope.sin", sin)]
         one = self._data.constant("one", np.array([1], np.int64))
         length = self.g.emit("ReduceSum", ["attention_mask", one], keepdims=0)
-        self._last_index = self.g.emit(
+        last = self.g.emit(
             "Cast", [self.g.emit("Sub", [length, one])], name="sequence_lengths", to=TensorProto.INT32
         )
         total = self.g.emit("Squeeze", [self.g.emit("Shape", ["attention_mask"], start=1, end=2)])
-        self._total = self.g.emit("Cast", [total], name="total_length", to=TensorProto.INT32)
+        return [last, self.g.emit("Cast", [total], name="total_length", to=TensorProto.INT32), *tables]
 
     # the verbs
 
@@ -129,10 +134,7 @@ class OnnxOps:
             [
                 *qkv,
                 *cache_names("past_key_values", layer),
-                self._last_index,
-                self._total,
-                "rope.cos",
-                "rope.sin",
+                *self._rotary,
             ],
             [out, *cache_names("present", layer)],
             domain=CONTRIB,
@@ -197,14 +199,18 @@ class OnnxOps:
                 accuracy_level=4 if layout["activations"] == "int8" else 1,
             )
         else:
-            # A Cast of a constant is done once, as the model is loaded; DequantizeLinear would be for each token
-            weight = stored if bits == 32 else self.g.emit("Cast", [stored], to=TensorProto.FLOAT)
-            y = self.g.emit("FusedMatMul", [self._name(x), weight], domain=CONTRIB, transB=1)
+            y = self._unpacked(x, stored, bits)
             if bits <= 8:
                 y = self.g.emit("Mul", [y, f"{stored}.scales"])
         if names[0].partition(".")[2].partition(".")[2] in self.arch.biases:
             y = self.g.emit("Add", [y, self._vector([f"{name}.bias" for name in names])])
         return y
+
+    def _unpacked(self, x: Value, stored: str, bits: int) -> str:
+        """A product by plain floats, or by integers whose scales are applied to the result."""
+        # A Cast of a constant is done once, as the model is loaded; DequantizeLinear would be for each token
+        weight = stored if bits == 32 else self.g.emit("Cast", [stored], to=TensorProto.FLOAT)
+        return self.g.emit("FusedMatMul", [self._name(x), weight], domain=CONTRIB, transB=1)
 
     # weights
 

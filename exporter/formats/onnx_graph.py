@@ -4,6 +4,7 @@ Several graphs can lie beside one data file: a weight is written when the first 
 point to the same bytes.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from runtimes.bundle import TensorSpec
+from runtimes.errors import BundleError
 
 LAYOUT = "gochu.weights"  # metadata key: canonical name -> where it lies in the file's initializers
 CONTRIB = "com.microsoft"
@@ -36,6 +38,15 @@ class DataFile:
         self._file, self._location = file, location
         self.tensors: dict[str, Any] = {}
         self.layout: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def of(cls, graph: Path) -> "DataFile":
+        """The file that a graph has written, for more graphs over the same tensors; nothing more can be written."""
+        model = onnx.load(graph, load_external_data=False)
+        data = cls(_Full(), "")
+        data.tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        data.layout = read_layout(model, graph)
+        return data
 
     def append(self, name: str, kind: int, dims: Sequence[int], blocks: Sequence[NDArray[Any]]) -> str:
         """Write a tensor's bytes; only their place stays in memory. Returns the name."""
@@ -68,6 +79,13 @@ class DataFile:
         tensor.dims[:] = dims
         self.tensors[name] = tensor
         return name
+
+
+class _Full(io.BytesIO):
+    """Takes no bytes: what would go here is a weight that the first graph does not have."""
+
+    def write(self, data: Any) -> int:
+        raise ValueError("a graph over the tensors of another one has a tensor of its own")
 
 
 class GraphBuilder:
@@ -132,6 +150,15 @@ class GraphBuilder:
         model = helper.make_model(graph, opset_imports=opsets, ir_version=ir, producer_name="gochu")
         helper.set_model_props(model, {LAYOUT: json.dumps(layout)})
         return model
+
+
+def read_layout(model: Any, path: Path) -> dict[str, dict[str, Any]]:
+    """Where a graph's weights are; BundleError if it is not one of ours."""
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    if LAYOUT not in properties:
+        raise BundleError(f"{path} does not say where its weights are: it was not made by Gochu")
+    layout: dict[str, dict[str, Any]] = json.loads(properties[LAYOUT])
+    return layout
 
 
 def value_info(spec: TensorSpec) -> Any:

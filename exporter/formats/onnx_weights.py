@@ -1,6 +1,5 @@
 """Read weights back out of an exported ONNX file, as the integers that were put in."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from exporter.formats.onnx_graph import LAYOUT
+from exporter.formats.onnx_graph import read_layout
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor
 from runtimes.errors import BundleError
@@ -20,10 +19,7 @@ class OnnxWeights:
     def __init__(self, graph: Path) -> None:
         self._graph = graph
         model = onnx.load(graph, load_external_data=False)
-        properties = {entry.key: entry.value for entry in model.metadata_props}
-        if LAYOUT not in properties:
-            raise BundleError(f"{graph} does not say where its weights are: it was not made by Gochu")
-        self._layout: dict[str, dict[str, Any]] = json.loads(properties[LAYOUT])
+        self._layout = read_layout(model, graph)
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
 
     def names(self) -> list[str]:

@@ -1,0 +1,315 @@
+"""Qualcomm's Hexagon NPU: its rules as data (`hexagon.toml`), how a model is split, and graphs compiled per chip.
+
+The compiler is Qualcomm's own, inside the package onnxruntime-qnn (Linux x86-64, Windows). What it made for a chip is
+kept in the user's cache folder by the content of what it was given, so nothing is compiled twice.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from exporter.architecture import Architecture
+from exporter.errors import PlanRefused
+from exporter.quantization.scheme import Scheme
+from exporter.residency import Tally
+from profiles import Chip
+from runtimes import measuring, qnn
+from runtimes.bundle import EntryPoint, Residency, Strict, file_sha256
+from runtimes.folders import cache_folder
+from runtimes.memory import available
+
+ACCELERATOR = "Hexagon"
+PORTABLE, QUANTIZED = "portable", "quantized"
+
+
+@lru_cache(maxsize=1)
+def table() -> dict[str, Any]:
+    """`hexagon.toml`: limits, routes, features, and their sources."""
+    return tomllib.loads((files("exporter.npu") / "hexagon.toml").read_text(encoding="utf-8"))
+
+
+def route(scheme: Scheme) -> str:
+    """How weights of a scheme reach the NPU: as they are, in float16, or with quantized activations."""
+    return QUANTIZED if scheme.activations == "uint16" else PORTABLE
+
+
+def takes(arch: str, kind: str, what: str) -> bool:
+    """Whether an NPU of generation `arch` ("v75") takes a route or a feature ("routes", "features")."""
+    (rule,) = (rule for rule in table()[kind] if rule["id"] == what)
+    return int(arch.removeprefix("v")) >= int(rule["from"])
+
+
+def reason(kind: str, what: str) -> str:
+    """What the table says of a route or a feature."""
+    (rule,) = (rule for rule in table()[kind] if rule["id"] == what)
+    return str(rule["says"])
+
+
+def npu(chip: Chip, scheme: Scheme | None = None) -> qnn.Chip:
+    """A chip as QNN knows it; PlanRefused if it has no Hexagon NPU that is known, or none that takes the scheme."""
+    found = chip.npu
+    if found is None or found.kind != "hexagon":
+        raise PlanRefused(
+            f"{chip.name} has no Hexagon NPU: take a phone with a Snapdragon chip, or another delegate"
+        )
+    if found.soc_model is None:
+        raise PlanRefused(
+            f"{chip.name}: its number in Qualcomm's SDK is not known, so nothing can be compiled for it"
+        )
+    if scheme is not None and not takes(found.arch, "routes", route(scheme)):
+        raise PlanRefused(
+            f"{scheme.name} cannot run on the NPU of {chip.name} ({found.arch}): {reason('routes', route(scheme))}; "
+            "use w8a16 or w4a16"
+        )
+    return qnn.Chip(found.soc_model, found.arch)
+
+
+# sizes and splits
+
+
+def binary_bytes(
+    arch: Architecture, schemes: Mapping[str, Scheme], layers: range | None = None, head: bool = True
+) -> int:
+    """What a context binary with these layers, and the head or not, will take on disk."""
+    layers = range(arch.layers) if layers is None else layers
+    figures = table()["binary"]
+    stored = sum(
+        stored_bytes(schemes[name], shape)
+        for name, shape in arch.matrices()
+        if _layer(name) in layers or (head and name == ("embedding" if arch.tied else "head"))
+    )
+    return int(figures["overhead"] + figures["per_layer"] * len(layers) + figures["factor"] * stored)
+
+
+def stored_bytes(scheme: Scheme, shape: tuple[int, int]) -> int:
+    """Bytes of a weight on the NPU, where scales and floats are float16."""
+    if scheme.is_float:
+        return Scheme(16).nbytes(shape)
+    scales = shape[0] * (shape[1] // scheme.group if scheme.group else 1)
+    return scheme.nbytes(shape) - 2 * scales
+
+
+def split(arch: Architecture, schemes: Mapping[str, Scheme], forbidden: bool = False) -> tuple[range, ...]:
+    """The layers of each graph: as few graphs as the NPU's limit allows, equally large; the head goes with the last.
+
+    PlanRefused if a layer is larger than the limit, or splitting is `forbidden` and would be needed.
+    """
+    most = table()["limits"]["full"] * table()["limits"]["graph_bytes"]
+    whole = binary_bytes(arch, schemes)
+    if whole <= most:
+        return (range(arch.layers),)
+    if forbidden:
+        raise PlanRefused(
+            f"one graph would be {whole / 1e9:.1f} GB, and the NPU takes {most / 1e9:.1f}: allow it to be split, or "
+            "quantize to fewer bits"
+        )
+    for count in range(math.ceil(whole / most), arch.layers + 1):
+        parts = _balanced(arch, schemes, count)
+        if max(binary_bytes(arch, schemes, part, part.stop == arch.layers) for part in parts) <= most:
+            return parts
+    raise PlanRefused(
+        f"a layer alone, or the last with the head, is larger than the {most / 1e9:.1f} GB that the NPU takes: "
+        "quantize to fewer bits"
+    )
+
+
+def _balanced(arch: Architecture, schemes: Mapping[str, Scheme], count: int) -> tuple[range, ...]:
+    """`count` parts that are as equal as whole layers allow, the head counted with the last."""
+    sizes = [
+        binary_bytes(arch, schemes, range(i, i + 1), head=i == arch.layers - 1) for i in range(arch.layers)
+    ]
+    edges, held, total = [0], 0, sum(sizes)
+    for i, size in enumerate(sizes):
+        aim = total * len(edges) / count
+        if len(edges) < count and edges[-1] < i and held + size / 2 > aim:
+            edges.append(i)
+        held += size
+    return tuple(range(a, b) for a, b in zip(edges, [*edges[1:], arch.layers], strict=True))
+
+
+def _layer(name: str) -> int | None:
+    return int(name.split(".")[1]) if name.startswith("layers.") else None
+
+
+# compiling
+
+
+class Graph(Strict):
+    """A static graph to compile. Graphs of one `group` have weights in common."""
+
+    name: str
+    path: str
+    group: int
+
+
+class Job(Strict):
+    """What a compiling process is told."""
+
+    graphs: tuple[Graph, ...]
+    soc_model: int
+    arch: str
+    share: bool
+    folder: str
+
+
+class Operation(Strict):
+    """An operation of a graph, and whether the NPU computes it."""
+
+    graph: str
+    name: str
+    op: str
+    on: bool
+
+
+class Result(Strict):
+    """What a compiling process made: binaries by group, an ONNX file that refers to one for each graph."""
+
+    files: tuple[str, ...]
+    operations: tuple[Operation, ...]
+    sdk: str
+    seconds: float
+    peak_memory: int | None  # bytes
+
+
+@dataclass(frozen=True)
+class Binary:
+    """Graphs compiled for a chip: `files` by graph name, and what they are."""
+
+    chip: Chip
+    result: Result
+    cached: bool
+
+
+def compile_graphs(
+    entries: Sequence[EntryPoint],
+    data: Sequence[str],
+    chips: Sequence[Chip],
+    folder: Path,
+    progress: Callable[[str], None] = lambda what: None,
+) -> list[Binary]:
+    """Compile `folder`'s static graphs for each chip, several at once as memory allows; files go into `folder`.
+
+    `data`: the weight files beside the graphs. EngineError with QNN's own words if one fails; what others made for
+    the cache stays there.
+    """
+    graphs = tuple(
+        Graph(name=e.name, path=str((folder / e.file).resolve()), group=_group(e.name))
+        for e in entries
+        if e.name != "embed"
+    )
+    content = [file_sha256(folder / name) for name in (*(Path(g.path).name for g in graphs), *data)]
+    size = sum((folder / name).stat().st_size for name in data)
+    with ThreadPoolExecutor(_workers(len(chips), size)) as pool:
+        return list(pool.map(lambda chip: _compile(graphs, content, chip, folder, progress), chips))
+
+
+def _workers(chips: int, size: int) -> int:
+    """Processes at once: two threads' worth of work each, and memory for seven times the weights."""
+    memory = available()
+    fitting = chips if memory is None else int(memory // (1_000_000_000 + 7 * size))
+    return max(1, min(chips, (os.cpu_count() or 2) // 2, fitting))
+
+
+def _compile(
+    graphs: tuple[Graph, ...],
+    content: Sequence[str],
+    chip: Chip,
+    folder: Path,
+    progress: Callable[[str], None],
+) -> Binary:
+    target = npu(chip)
+    share = takes(target.arch, "features", "shared weights")
+    order = [(graph.name, graph.group) for graph in graphs]
+    key = json.dumps([order, list(content), target.soc_model, target.arch, share, qnn.version()])
+    kept = cache_folder() / "hexagon" / hashlib.sha256(key.encode()).hexdigest()
+    cached = (kept / "result.json").is_file()
+    if not cached:
+        progress(f"compile for {chip.name}")
+        work = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        try:
+            job = Job(
+                graphs=graphs, soc_model=target.soc_model, arch=target.arch, share=share, folder=str(work)
+            )
+            said = measuring.run_apart("exporter.npu.hexagon_compile", job)
+            (work / "result.json").write_text(said, encoding="utf-8")
+            shutil.rmtree(kept, ignore_errors=True)
+            work.rename(kept)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    result = Result.model_validate_json((kept / "result.json").read_text(encoding="utf-8"))
+    for name in result.files:
+        shutil.copyfile(kept / name, folder / compiled_name(chip, name))
+    return Binary(chip, result, cached)
+
+
+def compiled_name(chip: Chip, name: str) -> str:
+    """A compiled file's name in a bundle."""
+    return f"{chip.id}-{name}"
+
+
+def _group(name: str) -> int:
+    """prefill.1 and decode.1 have the weights of part 1."""
+    return int(name.partition(".")[2] or 0)
+
+
+# residency
+
+
+def residency(result: Result, graphs: Mapping[str, Path]) -> Residency:
+    """How much of the graphs the NPU computes: operations of all; products and weights of `decode` alone.
+
+    `graphs`: the static graphs by their names.
+    """
+    tally = Tally()
+    costs = {
+        (name, node): cost
+        for name, path in graphs.items()
+        if name.startswith("decode")
+        for node, cost in _costs(path)
+    }
+    for operation in result.operations:
+        macs, nbytes = costs.get((operation.graph, operation.name), (0, 0))
+        tally.add(operation.op, operation.on, macs, nbytes)
+    return tally.residency(ACCELERATOR)
+
+
+def _costs(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Multiply-adds for a token, and bytes of the weights, of each product by constant weights."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    sizes = {
+        tensor.name: (
+            math.prod(tensor.dims),
+            next((int(e.value) for e in tensor.external_data if e.key == "length"), len(tensor.raw_data)),
+        )
+        for tensor in model.graph.initializer
+    }
+    made = {node.output[0]: node for node in model.graph.node}
+
+    def weight(name: str) -> tuple[int, int] | None:
+        """Elements and bytes of what a constant comes from, through casts, transposes and dequantization."""
+        while name not in sizes:
+            if name not in made or made[name].op_type not in ("Cast", "Transpose", "DequantizeLinear"):
+                return None
+            name = made[name].input[0]
+        return sizes[name]
+
+    for node in model.graph.node:
+        found = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type == "MatMulNBits":
+            yield node.name, (found["K"].i * found["N"].i, sizes[node.input[1]][1])
+        elif node.op_type in ("MatMul", "Gemm") and (constant := weight(node.input[1])):
+            yield node.name, constant

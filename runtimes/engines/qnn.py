@@ -1,0 +1,190 @@
+"""Run a variant for Qualcomm's NPU: static graphs for a chunk of a prompt and for one token, chained if it is split.
+
+On Linux x86-64 the NPU is simulated, and what runs are the graphs that were compiled (`Compiled.sources`): the
+simulator ends the process when it loads a binary with several graphs. On a phone or a Snapdragon laptop the same
+code loads the binaries, and the NPU is real; there it was never run.
+
+The caller holds the KV cache. A graph gives back either the whole of it, which takes the old one's place, or the new
+rows alone, which are put where they belong.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtimes import qnn
+from runtimes.bundle import Bundle, Choice, EntryPoint, TensorSpec, Variant
+from runtimes.errors import BundleError, EngineError
+from runtimes.extras import require
+from runtimes.session import Session
+
+
+def load(
+    bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int, exact: bool = False
+) -> "QnnEngine":
+    """Open a variant for a Hexagon NPU. `exact` changes nothing: what is rounded is part of the graphs."""
+    return QnnEngine(bundle, variant, choice, context=context, threads=threads)
+
+
+class QnnEngine(Session):
+    """The verbs of `runtimes.engines.Engine` over sessions on the NPU, real or simulated."""
+
+    def __init__(
+        self, bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int
+    ) -> None:
+        compiled = variant.compiled
+        if compiled is None:
+            raise BundleError(f"variant {variant.name} was not compiled for a chip; export it again")
+        self.choice, self.context, self.threads = choice, context, threads
+        self.vocab = bundle.manifest.model.vocab
+        chip = qnn.Chip(compiled.chip, compiled.arch)
+        entries = compiled.sources if qnn.simulated() else variant.entry_points
+        place = "simulated" if qnn.simulated() else "NPU"
+        self._version = f"{qnn.version()}, {', '.join(variant.chips)} ({compiled.arch}, {place})"
+        self._room = variant.context
+        ort = require("onnxruntime", qnn.EXTRA)
+        embed = _only(entries, "embed")
+        self._embed: Any = ort.InferenceSession(
+            str(bundle.file(embed.file)), providers=["CPUExecutionProvider"]
+        )
+        self._prefill, self._decode = (
+            [_Part(bundle, entry, chip) for entry in entries if entry.name.partition(".")[0] == name]
+            for name in ("prefill", "decode")
+        )
+        if not self._prefill or not self._decode:
+            raise BundleError(
+                f"variant {variant.name} has no entry points prefill and decode; export it again"
+            )
+        self._cache = {spec.name: zeros(spec) for part in self._decode for spec in part.past}
+
+    @property
+    def version(self) -> str:
+        return self._version
+
+    def close(self) -> None:
+        self._embed = None
+        self._prefill, self._decode = [], []
+        self._cache.clear()
+
+    @property
+    def _closed(self) -> bool:
+        return self._embed is None
+
+    def _run_prompt(self, ids: np.ndarray) -> np.ndarray:
+        """All but the last token in chunks, the last one by itself: only `decode` has a head."""
+        length, rest = self._prefill[0].length, ids[:-1]
+        while len(rest) > 1 and self._position + length <= self._room:
+            chunk, rest = rest[:length], rest[length:]
+            self._run(self._prefill, chunk)
+        for token in rest:  # one is left, or the padding of another chunk would not fit in the cache
+            self._run(self._decode, token[None])
+        return self._run_token(int(ids[-1]))
+
+    def _run_token(self, token: int) -> np.ndarray:
+        logits = self._run(self._decode, np.array([token]))
+        assert logits is not None
+        return logits
+
+    def _run(self, parts: "list[_Part]", ids: np.ndarray) -> NDArray[np.float32] | None:
+        """Run tokens through all parts, padded to their length; logits [vocab] of the last one, where there are."""
+        length, count = parts[0].length, len(ids)
+        padded = np.zeros((1, length), np.int64)
+        padded[0, :count] = ids
+        logits = None
+        (hidden,) = self._embed.run(["hidden"], {"input_ids": padded})
+        for part in parts:
+            given = {"hidden": hidden} | {
+                spec.name: position_input(spec, self._position, length, self._room) for spec in part.places
+            }
+            found = part.run(given | {spec.name: self._cache[spec.name] for spec in part.past})
+            for spec in part.past:
+                new = found[spec.name.replace("past_key_values", "present")]
+                self._cache[spec.name] = remembered(self._cache[spec.name], new, self._position, count)
+            hidden = found.get("hidden_out")
+            if (last := part.outputs.get("logits")) is not None:
+                logits = real(found["logits"][0, count - 1], last)
+        self._position += count
+        return logits
+
+
+class _Part:
+    """A graph: some layers, for a number of tokens."""
+
+    def __init__(self, bundle: Bundle, entry: EntryPoint, chip: qnn.Chip) -> None:
+        self.inputs = {spec.name: spec for spec in entry.inputs}
+        self.outputs = {spec.name: spec for spec in entry.outputs}
+        self.past = [spec for spec in entry.inputs if spec.name.startswith("past_key_values")]
+        self.places = [spec for spec in entry.inputs if spec not in self.past and spec.name != "hidden"]
+        self.length = int(self.inputs["hidden"].shape[1])
+        self._file = entry.file
+        self._session: Any = qnn.open_session(bundle.file(entry.file), chip)
+        found = {node.name for node in (*self._session.get_inputs(), *self._session.get_outputs())}
+        if strange := sorted(found ^ {*self.inputs, *self.outputs}):
+            raise EngineError(
+                f"the graph {entry.file} is not the one in its manifest ({strange[0]} is in one of them alone); "
+                "export the bundle again"
+            )
+
+    def run(self, given: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        try:
+            return dict(zip(self.outputs, self._session.run(list(self.outputs), given), strict=True))
+        except Exception as error:
+            raise EngineError(
+                f"QNN failed in {self._file} ({' '.join(str(error).split())[:300]}); export the bundle again"
+            ) from None
+
+
+def zeros(spec: TensorSpec) -> NDArray[Any]:
+    """What stands for zero, in the shape of an input."""
+    return np.full(spec.shape, spec.zero_point or 0, spec.dtype)
+
+
+def real(values: NDArray[Any], spec: TensorSpec) -> NDArray[np.float32]:
+    """The numbers that an output's integers stand for, float32."""
+    if spec.scale is None:
+        return np.array(values, np.float32)
+    return (values.astype(np.float32) - np.float32(spec.zero_point or 0)) * np.float32(spec.scale)
+
+
+def position_input(spec: TensorSpec, position: int, length: int, context: int) -> NDArray[Any]:
+    """An input that says where the tokens are, of which `length` come after `position` others.
+
+    `positions` [length]: their numbers. `attention_mask` [1, context]: 1 for the tokens so far. `mask.W`
+    [1, 1, length, context + length]: zero where a token sees a slot of the cache, or one of its own run, and the
+    lowest number else; W is the window, 0 for none.
+    """
+    if spec.name == "positions":
+        return np.arange(position, position + length).astype(spec.dtype)
+    if spec.name == "attention_mask":
+        return (np.arange(context) < position + length).astype(spec.dtype)[None]
+    name, _, window = spec.name.partition(".")
+    if name != "mask":
+        raise EngineError(f"no one knows what the input {spec.name} is; export the bundle again")
+    queries = position + np.arange(length)[:, None]
+    slots = np.arange(context)
+    keys = np.concatenate((np.where(slots < position, slots, np.iinfo(np.int64).max), queries[:, 0]))
+    seen = keys <= queries
+    if int(window):
+        seen &= keys > queries - int(window)
+    lowest = np.iinfo(spec.dtype).min if np.issubdtype(spec.dtype, np.integer) else 0
+    return np.where(seen, spec.zero_point or 0, lowest).astype(spec.dtype)[None, None]
+
+
+def remembered(cache: NDArray[Any], new: NDArray[Any], position: int, count: int) -> NDArray[Any]:
+    """The cache after `count` tokens at `position`: what a graph gave if that is all of it, else with its rows in."""
+    if new.shape == cache.shape:
+        return new
+    (axis,) = (i for i, (a, b) in enumerate(zip(cache.shape, new.shape, strict=True)) if a != b)
+    into, rows = [slice(None)] * cache.ndim, [slice(None)] * cache.ndim
+    into[axis], rows[axis] = slice(position, position + count), slice(0, count)
+    cache[tuple(into)] = new[tuple(rows)]
+    return cache
+
+
+def _only(entries: Iterable[EntryPoint], name: str) -> EntryPoint:
+    found = next((entry for entry in entries if entry.name == name), None)
+    if found is None:
+        raise BundleError(f"there is no entry point {name}; export the bundle again")
+    return found

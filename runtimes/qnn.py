@@ -1,0 +1,125 @@
+"""Sessions on Qualcomm's NPU, through ONNX Runtime's QNN provider.
+
+On Linux x86-64 the package onnxruntime-qnn holds Qualcomm's compiler and a simulator of the NPU, so the same calls
+compile for a phone's chip, and run what was compiled, on a laptop.
+Options: https://onnxruntime.ai/docs/execution-providers/QNN-ExecutionProvider.html
+"""
+
+import json
+import platform
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from runtimes.errors import EngineError
+from runtimes.extras import require
+from runtimes.quiet import quiet
+
+EXTRA = "hexagon"
+LIBRARY = "onnxruntime_qnn"
+PROVIDER = "QNNExecutionProvider"
+# The provider leaves these to the CPU unless told otherwise.
+_AFFINITY = {"op_type": {"GroupQueryAttention": "htp"}}
+_FATAL = 4  # log severity: what goes wrong comes as an exception
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A chip as QNN knows it: its number, and the generation of its NPU (v75)."""
+
+    soc_model: int
+    arch: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """An operation of a graph and what runs it."""
+
+    name: str
+    op: str
+    provider: str
+
+
+def simulated() -> bool:
+    """Whether the NPU of this machine's sessions is a simulated one."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def version() -> str:
+    """Name and version of the package."""
+    return f"onnxruntime-qnn {metadata.version('onnxruntime-qnn')}"
+
+
+def open_session(
+    graph: Path,
+    chip: Chip,
+    *,
+    binary: Path | None = None,
+    share: Literal["", "first", "last"] = "",
+    cpu_ops: bool = True,
+) -> Any:
+    """An onnxruntime session of a static graph on a chip's NPU.
+
+    `binary`: also write what was compiled, as an ONNX file beside which the context binary lies (NAME_qnn.bin).
+    `share`: store weights that the graphs of several sessions have in common once, in the first one's binary; they
+    must be opened after each other in one process. `cpu_ops`: leave to the CPU what the NPU refuses, else it is an
+    error. EngineError with QNN's own words if it fails.
+    """
+    ort, devices = _register()
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if not cpu_ops:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if binary is not None:
+        options.add_session_config_entry("ep.context_enable", "1")
+        options.add_session_config_entry("ep.context_file_path", str(binary))
+        options.add_session_config_entry("ep.context_embed_mode", "0")
+    if share:
+        options.add_session_config_entry("ep.share_ep_contexts", "1")
+    if share == "last":
+        options.add_session_config_entry("ep.stop_share_ep_contexts", "1")
+    with tempfile.TemporaryDirectory(prefix="gochu-qnn-") as folder, quiet(stdout=True) as said:
+        affinity = Path(folder) / "affinity.json"
+        affinity.write_text(json.dumps(_AFFINITY), encoding="ascii")
+        provider = {
+            "backend_path": require(LIBRARY, EXTRA).get_qnn_htp_path(),
+            "soc_model": str(chip.soc_model),
+            "htp_arch": chip.arch.removeprefix("v"),
+            "enable_htp_fp16_precision": "1",  # floating point on the NPU is float16
+            "op_affinity": str(affinity),
+        }
+        options.add_provider_for_devices(devices, provider)
+        try:
+            return ort.InferenceSession(str(graph), options)
+        except Exception as error:  # its own kinds have no common base
+            reason = " ".join(str(error).split())[:600]
+    hint = f" ({said[-1].strip()})" if said else ""
+    raise EngineError(
+        f"QNN could not take {graph.name} for chip {chip.soc_model} ({chip.arch}): {reason}{hint}"
+    )
+
+
+def nodes(session: Any) -> list[Node]:
+    """What runs where, of a session that `open_session` made."""
+    return [
+        Node(node.name, node.op_type, part.ep_name)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    ]
+
+
+@lru_cache
+def _register() -> tuple[Any, list[Any]]:
+    """onnxruntime with the provider's library loaded, once in a process, and the provider's devices."""
+    ort, qnn = require("onnxruntime", EXTRA), require(LIBRARY, EXTRA)
+    with quiet(stdout=True):
+        ort.set_default_logger_severity(_FATAL)
+        ort.register_execution_provider_library(PROVIDER, qnn.get_library_path())
+        devices = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
+    if not devices:
+        raise EngineError(f"{version()} finds no device of Qualcomm's on this machine, nor its simulator")
+    return ort, devices
