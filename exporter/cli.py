@@ -16,6 +16,7 @@ from exporter.errors import GochuError
 if TYPE_CHECKING:
     from exporter.quantization.recipe import Recipe
     from runtimes.generate import Chat, Generation, Model
+    from runtimes.measurement import Measurement
 
 app = typer.Typer(
     name="gochu",
@@ -326,21 +327,37 @@ def _report(model: "Model", generation: "Generation", as_json: bool) -> None:
 
 @app.command(
     help=_help(
-        "Measure a bundle on this machine: load time, TTFT, prefill and decode speed, peak memory. Or trace it: the "
-        "time that each operator takes.",
+        "Measure a bundle, on this machine or another target: load time, TTFT, prefill and decode speed, peak memory. "
+        "Or trace it: the time that each operator takes.",
         "gochu bench out/",
         "gochu bench out/ --workload standard --threads 4 --json",
+        "gochu bench out/ --on mac --compute-units ane",
+        "gochu bench out/ --on host,iphone --device-name 'Test iPhone'",
         "gochu bench out/ --trace --plot trace.png",
     )
 )
 def bench(
     bundle: BundleArgument = Path("out"),
+    on: Annotated[
+        str,
+        typer.Option(
+            metavar="TARGET[,TARGET...]",
+            help="Where: host (this machine), mac (Core ML on this Mac), iphone (one that is connected to this Mac).",
+        ),
+    ] = "host",
     workload: Annotated[
         str, typer.Option(help="smoke (seconds) or standard (prompts of 64, 256 and 1024).")
     ] = "smoke",
     variant: VariantOption = None,
     threads: ThreadsOption = None,
     context: Annotated[int | None, typer.Option(help="Tokens the KV cache holds (default: all).")] = None,
+    device_name: Annotated[
+        str | None, typer.Option(help="Which connected phone, by its name or UDID (iphone).")
+    ] = None,
+    compute_units: Annotated[
+        str | None,
+        typer.Option(help="cpu, gpu, ane or all (mac, iphone; default: what the variant was made for)."),
+    ] = None,
     trace: Annotated[
         bool,
         typer.Option("--trace", help="Time by operator, in prefill and in decode, instead of the whole."),
@@ -351,20 +368,43 @@ def bench(
     as_json: Json = False,
 ) -> None:
     if trace:
+        if (on, device_name, compute_units) != ("host", None, None):
+            raise typer.BadParameter(
+                "traces are made on this machine: leave out --on, --device-name and --compute-units",
+                param_hint="--trace",
+            )
         _trace(bundle, workload, variant, threads, context, plot, as_json)
         return
     if plot is not None:
         raise typer.BadParameter("draws a trace: give --trace with it", param_hint="--plot")
-    from runtimes import report
-    from runtimes.targets.host import measure
+    from runtimes import targets
 
-    measurements = measure(bundle, workload, threads, variant=variant, context=context)
+    options = {
+        "variant": variant,
+        "threads": threads,
+        "context": context,
+        "device_name": device_name,
+        "compute_units": compute_units,
+    }
+    measurements: list[Measurement] = []
+    try:
+        for target, known in targets.choose(on, options):
+            measurements += target.measure(bundle, workload, **known)
+    except BaseException:
+        if measurements:  # what one target said is not lost when the next one fails
+            _show_measurements(measurements, as_json)
+        raise
+    _show_measurements(measurements, as_json)
+
+
+def _show_measurements(measurements: "list[Measurement]", as_json: bool) -> None:
+    from exporter import console
+    from runtimes import report
+
     if as_json:
         print(report.to_json(measurements), end="")
-        return
-    from exporter import console
-
-    report.show(measurements, console.console)
+    else:
+        report.show(measurements, console.console)
 
 
 def _trace(

@@ -6,7 +6,8 @@ GochuError (profiles/errors.py)
 │   └── UnsafePath          exit 3: a manifest's path leaves its folder
 ├── PromptError             exit 3: the prompt cannot be used (empty, longer than the context)
 ├── TemplateError           exit 3: the chat template fails or asks for what the sandbox forbids
-└── EngineError             exit 6: the engine failed while it loaded or ran the model
+├── EngineError             exit 6: the engine failed while it loaded or ran the model
+└── TargetError             exit 6: the target could not measure (no such machine, no phone, a tool of its failed)
 """
 
 from profiles.errors import GochuError, MissingExtra, UsageError
@@ -18,6 +19,7 @@ __all__ = [
     "GochuError",
     "MissingExtra",
     "PromptError",
+    "TargetError",
     "TemplateError",
     "UnsafePath",
     "UsageError",
@@ -46,5 +48,11 @@ class TemplateError(GochuError):
 
 class EngineError(GochuError):
     """The engine could not load or run the model."""
+
+    exit_code = 6
+
+
+class TargetError(GochuError):
+    """A target could not measure: it is not this machine, no phone answers, or a tool of its failed."""
 
     exit_code = 6

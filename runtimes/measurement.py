@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from pydantic import Field
+
 from runtimes.bundle import Strict
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -30,14 +32,26 @@ class Subject(Strict):
     bytes: int
 
 
+class Backend(Strict):
+    """Which processors compute. `requested`: what was asked for; `effective`: of each function, how many operations
+    each processor gets, as the engine's library itself says (empty if it does not)."""
+
+    requested: str
+    effective: dict[str, dict[str, int]] = Field(default_factory=dict)
+
+
 class Place(Strict):
-    """Where it was measured. `target`: host, adb, ...; `device`: what its maker calls it."""
+    """Where it was measured. `target`: host, mac, ...; `device`: what its maker, or its owner, calls it.
+
+    `threads` is None where the library decides; `backend` where there is but one.
+    """
 
     target: str
     device: str
     os: str
     engine: str
-    threads: int
+    threads: int | None = None
+    backend: Backend | None = None
 
 
 class Method(Strict):

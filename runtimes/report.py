@@ -32,18 +32,21 @@ def to_json(found: Sequence[Strict]) -> str:
 def table(measurements: Sequence[Measurement]) -> "Table":
     """One line for each measurement, in the order given; medians, ± half of what lies between
     the 5th and 95th percentile."""
+    from rich.markup import escape
     from rich.table import Table
 
-    grid = Table(title=_title(measurements), title_justify="left")
+    several = len({m.where.target for m in measurements}) > 1
+    grid = Table(title=escape(_title(measurements, several)), title_justify="left")
+    if several:
+        grid.add_column("on")
     grid.add_column("model")
     grid.add_column("in → out", justify="right")
     for heading in _COLUMNS.values():
         grid.add_column(heading, justify="right")
     for m in measurements:
-        cells = [_cell(m.figure(name)) for name in _COLUMNS]
-        grid.add_row(
-            f"{m.what.model} {m.what.variant}", f"{m.how.prompt_tokens} → {m.how.new_tokens}", *cells
-        )
+        cells = [m.where.target] if several else []
+        cells += [f"{m.what.model} {m.what.variant}", f"{m.how.prompt_tokens} → {m.how.new_tokens}"]
+        grid.add_row(*cells, *(_cell(m.figure(name)) for name in _COLUMNS))
     return grid
 
 
@@ -55,7 +58,9 @@ def show(measurements: Sequence[Measurement], console: "Console | None" = None) 
     console.print(table(measurements))
     for m in measurements:
         for note in m.how.notes:
-            console.print(f"{m.how.prompt_tokens} → {m.how.new_tokens}: {note}")
+            console.print(
+                f"{m.where.target}, {m.how.prompt_tokens} → {m.how.new_tokens}: {note}", markup=False
+            )
 
 
 def phase_table(phase: "Phase") -> "Table":
@@ -111,13 +116,22 @@ def _part(phase: "Phase", operators: "Sequence[Operator]") -> tuple[str, str]:
     return f"{calls:.4g}", amount(sum(each.total for each in operators) / phase.passes, "s")
 
 
-def _title(measurements: Sequence[Measurement]) -> str:
-    return "\n".join(dict.fromkeys(where(m.where) for m in measurements))
+def _title(measurements: Sequence[Measurement], several: bool) -> str:
+    return "\n".join(dict.fromkeys(f"{m.where.target}: " * several + where(m.where) for m in measurements))
 
 
 def where(place: Place) -> str:
-    """A place in a line."""
-    return f"{place.device}, {place.os}, {place.engine}, {place.threads} thread{'s' if place.threads > 1 else ''}"
+    """A place in a line, and in a second one what was asked of several processors and what they got."""
+    line = f"{place.device}, {place.os}, {place.engine}"
+    if place.threads is not None:
+        line += f", {place.threads} thread{'s' if place.threads > 1 else ''}"
+    if place.backend is not None:
+        shares = [
+            f"{function}'s on " + ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+            for function, counts in place.backend.effective.items()
+        ]
+        line += f"\n  asked for {place.backend.requested}; operations: {'; '.join(shares) or 'unknown'}"
+    return line
 
 
 def _cell(figure: Figure | None) -> str:

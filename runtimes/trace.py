@@ -28,7 +28,7 @@ from runtimes.bundle import Bundle, Strict
 from runtimes.engines import choose_variant, settle
 from runtimes.errors import EngineError, UsageError
 from runtimes.measurement import Place, Subject, quantile
-from runtimes.targets.host import answer, place, run_apart, subject
+from runtimes.measuring import answer, place, run_apart, subject
 from runtimes.workload import Case, Workload, preset, prompt_ids
 
 FRAMEWORK = "framework and tracing"
@@ -199,7 +199,7 @@ def run(job: Job) -> Trace:
         )
     return Trace(
         what=subject(bundle, chosen),
-        where=place(version, job.threads),
+        where=place("host", version, job.threads),
         prompt_tokens=job.case.prompt_tokens,
         new_tokens=job.case.new_tokens,
         context=job.context,

@@ -5,12 +5,11 @@ Apple does not document which operations the Neural Engine takes, and Core ML mo
 prediction, and called so. `measure` asks Core ML itself, on a Mac.
 """
 
-import importlib
 import math
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
@@ -20,14 +19,12 @@ from typing import Any
 from exporter.errors import UsageError
 from exporter.residency import Tally
 from profiles import Chip, Device
+from runtimes import apple
 from runtimes.bundle import Choice, Residency
-from runtimes.extras import require
 from runtimes.mil.package import Function, Name, Operation, Package, TensorType, Value, open_package
 from runtimes.mil.storage import DTYPES, Constant
-from runtimes.quiet import quiet
 
-ENGINE = "Neural Engine"
-EXTRA = "coreml"
+ENGINE = apple.NEURAL_ENGINE
 _TOKEN = "decode"  # the function that computes one token
 _ROW_PRODUCTS = ("linear", "matmul")
 _PRODUCTS = ("conv", *_ROW_PRODUCTS)
@@ -210,7 +207,7 @@ def _whole(package: Package, bounds: Limits) -> Iterator[Finding]:
 
 @dataclass
 class _Judged:
-    """`on`: the operations that stay, by `_key`."""
+    """`on`: the operations that stay, by `apple.operation_key`."""
 
     on: set[str] = field(default_factory=set)
     findings: list[Finding] = field(default_factory=list)
@@ -363,7 +360,7 @@ class _Constants:
 
 def _residency(function: Function, accelerator: str, on: Collection[str]) -> Residency:
     """Count a function's operations, multiply-adds and weights; a weight that two operations read counts once, and on
-    the Neural Engine if one of them is there. `on`: the operations there, by `_key`."""
+    the Neural Engine if one of them is there. `on`: the operations there, by `apple.operation_key`."""
     tally, constants = Tally(), _Constants(function)
     types: dict[str, TensorType] = {**function.inputs, **function.states}
     placed: dict[Any, tuple[int, bool]] = {}
@@ -384,14 +381,10 @@ def _residency(function: Function, accelerator: str, on: Collection[str]) -> Res
     )
 
 
-def _key(outputs: Iterable[str], inputs: Iterable[str]) -> str:
-    """What Core ML's plan and the file both call an operation: its results, or what it takes if it has none."""
-    return ",".join(outputs) or ",".join(sorted(inputs))
-
-
 def _key_of(operation: Operation) -> str:
     bindings = (binding for each in operation.inputs.values() for binding in each)
-    return _key((name for name, _ in operation.outputs), (b.name for b in bindings if isinstance(b, Name)))
+    names = (b.name for b in bindings if isinstance(b, Name))
+    return apple.operation_key((name for name, _ in operation.outputs), names)
 
 
 def _macs(operation: Operation, types: Mapping[str, TensorType]) -> int:
@@ -433,21 +426,9 @@ def measure(path: Path) -> dict[str, Residency]:
     """
     if sys.platform != "darwin":
         raise UsageError("only Core ML on a Mac can say what runs where: use check for a prediction here")
-    package = open_package(path)
-    with quiet():
-        tools = require("coremltools", EXTRA)
-        plans = importlib.import_module("coremltools.models.compute_plan")
-        devices = importlib.import_module("coremltools.models.compute_device")
-        compiled = tools.models.utils.compile_model(str(path))
-        plan = plans.MLComputePlan.load_from_path(compiled, compute_units=tools.ComputeUnit.CPU_AND_NE)
-    found = {}
-    for name, function in plan.model_structure.program.functions.items():
-        on = set()
-        for operation in function.block.operations:
-            usage = plan.get_compute_device_usage_for_mlprogram_operation(operation)
-            if usage and isinstance(usage.preferred_compute_device, devices.MLNeuralEngineComputeDevice):
-                inputs = (binding.name for each in operation.inputs.values() for binding in each.bindings)
-                on.add(_key((output.name for output in operation.outputs), filter(None, inputs)))
+    package, found = open_package(path), {}
+    for name, placed in apple.compute_plan(path, "ane").items():
+        on = {key for key, processor in placed.items() if processor == ENGINE}
         found[name] = _residency(package.functions[name], f"{ENGINE} (measured)", on)
     return found
 

@@ -81,17 +81,13 @@ def choose_variant(bundle: Bundle, name: str | None = None) -> tuple[Variant, Ch
     Raises UsageError (no such variant), MissingExtra (its engine is not installed), BundleError (made for
     chips that this machine does not have).
     """
-    variants = bundle.manifest.variants
     if name is not None:
-        named = next((v for v in variants if v.name == name), None)
-        if named is None:
-            known = ", ".join(v.name for v in variants)
-            raise UsageError(f"{bundle.path} has no variant {name!r}; it has {known}")
+        named = named_variant(bundle, name)
         if hindrance := _hindrance(named):
             raise hindrance
         return named, Choice(topic="variant", value=named.name, reason="it was asked for by name")
     hindrances: list[tuple[str, BundleError | MissingExtra]] = []
-    for variant in variants:
+    for variant in bundle.manifest.variants:
         hindrance = _hindrance(variant)
         if hindrance is None:
             passed = "".join(f"; passed over {skipped}: {why}" for skipped, why in hindrances)
@@ -100,6 +96,15 @@ def choose_variant(bundle: Bundle, name: str | None = None) -> tuple[Variant, Ch
         hindrances.append((variant.name, hindrance))
     # What the user can mend comes first: an extra to install, before chips that are not there.
     raise next((h for _, h in hindrances if isinstance(h, MissingExtra)), hindrances[0][1])
+
+
+def named_variant(bundle: Bundle, name: str) -> Variant:
+    """The variant by that name, whether or not it can run here; UsageError if there is none."""
+    for variant in bundle.manifest.variants:
+        if variant.name == name:
+            return variant
+    known = ", ".join(variant.name for variant in bundle.manifest.variants)
+    raise UsageError(f"{bundle.path} has no variant {name!r}; it has {known}")
 
 
 def runs_here(variant: Variant) -> bool:

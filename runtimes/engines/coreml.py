@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from runtimes import apple
 from runtimes.bundle import Bundle, Choice, EntryPoint, Variant
 from runtimes.errors import BundleError, EngineError
 from runtimes.extras import check, require
@@ -49,21 +50,32 @@ _Arrays = dict[str, np.ndarray]
 
 
 def load(
-    bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int, exact: bool = False
+    bundle: Bundle,
+    variant: Variant,
+    choice: Choice,
+    *,
+    context: int,
+    threads: int,
+    exact: bool = False,
+    compute_units: str | None = None,
 ) -> "CoreMLEngine":
     """Open a variant made for Core ML; BundleError or EngineError if its packages are damaged or not its manifest's.
 
-    `exact`: always the evaluator, without rounding to float16.
+    `exact`: always the evaluator, without rounding to float16. `compute_units`: what may compute on macOS, a key of
+    `runtimes.apple.COMPUTE_UNITS` (default: what the variant was made for).
     """
-    chain = _chain(variant)
+    chain = links(variant)
     check("coremltools", EXTRA)
     native = sys.platform == "darwin" and not exact
+    units = apple.compute_units(variant, compute_units)
     packages: list[_Package] = []
     for link in chain:
-        package = open_package(_folder(bundle.file(link.prefill.file)))
+        package = open_package(package_folder(bundle, link))
         _check(package, PREFILL, link.prefill)
         _check(package, DECODE, link.decode)
-        packages.append(_MacPackage(package.path) if native else _EvaluatedPackage(package, threads, exact))
+        packages.append(
+            _MacPackage(package.path, units) if native else _EvaluatedPackage(package, threads, exact)
+        )
     how = "" if native else ", evaluated in torch"
     return CoreMLEngine(
         chain,
@@ -78,7 +90,7 @@ def load(
 
 
 @dataclass(frozen=True)
-class _Link:
+class Link:
     """A package of the chain: its two entry points."""
 
     prefill: EntryPoint
@@ -100,7 +112,7 @@ class CoreMLEngine(Session):
 
     def __init__(
         self,
-        chain: Sequence[_Link],
+        chain: Sequence[Link],
         packages: Sequence[_Package],
         choice: Choice,
         *,
@@ -114,7 +126,7 @@ class CoreMLEngine(Session):
         self.version = version
         self.runs = 0  # of the chain, since it was loaded
         self._chain, self._packages, self._capacity = chain, list(packages), capacity
-        self._chunk = _length(chain[0].prefill)
+        self._chunk = chunk_length(chain[0].prefill)
 
     def _run_prompt(self, ids: np.ndarray) -> np.ndarray:
         for chunk in np.split(ids, range(self._chunk, len(ids), self._chunk)):
@@ -176,7 +188,7 @@ class _EvaluatedPackage:
 class _MacPackage:
     """A package run by Core ML. A state made for one function serves the other: both have the same states."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, units: str) -> None:
         self._name = path.name
         if int(platform.mac_ver()[0].partition(".")[0] or 0) < _MACOS:
             raise EngineError(
@@ -184,7 +196,10 @@ class _MacPackage:
             )
         with quiet():
             library = require("coremltools", EXTRA)
-        self._models = {function: self._load(library, path, function) for function in (PREFILL, DECODE)}
+        allowed = library.ComputeUnit[apple.COMPUTE_UNITS[units][0]]
+        self._models = {
+            function: self._load(library, path, function, allowed) for function in (PREFILL, DECODE)
+        }
         self._state = self._models[PREFILL].make_state()
 
     def run(self, function: str, inputs: _Arrays) -> _Arrays:
@@ -192,19 +207,19 @@ class _MacPackage:
             found: _Arrays = self._models[function].predict(inputs, self._state)
         except RuntimeError as error:
             raise EngineError(
-                f"Core ML failed in {function} of {self._name} ({_brief(error)}); export the bundle again"
+                f"Core ML failed in {function} of {self._name} ({apple.words(error)}); export the bundle again"
             ) from None
         return found
 
-    def _load(self, library: Any, path: Path, function: str) -> Any:
+    def _load(self, library: Any, path: Path, function: str, allowed: Any) -> Any:
         """Core ML compiles the function now. What it has against that, coremltools only warns of."""
         with quiet():
             warnings.simplefilter("error", RuntimeWarning)
             try:
-                model = library.models.MLModel(str(path), function_name=function)
+                model = library.models.MLModel(str(path), compute_units=allowed, function_name=function)
             except (RuntimeError, RuntimeWarning, ValueError) as error:
                 raise EngineError(
-                    f"Core ML cannot load {function} of {path} ({_brief(error)}); export the bundle again"
+                    f"Core ML cannot load {function} of {path} ({apple.words(error)}); export the bundle again"
                 ) from None
         if model.__proxy__ is None:  # of a version that this macOS does not know, it does not even warn
             raise EngineError(
@@ -227,12 +242,13 @@ def _check(package: Package, function: str, entry: EntryPoint) -> None:
             )
 
 
-def _folder(path: Path) -> Path:
+def package_folder(bundle: Bundle, link: Link) -> Path:
     """The package's folder, which a manifest may name by the file that stands for it."""
+    path = bundle.file(link.prefill.file)
     return path.parent if path.name == PACKAGE_MANIFEST else path
 
 
-def _chain(variant: Variant) -> list[_Link]:
+def links(variant: Variant) -> list[Link]:
     """The packages in order; BundleError if the entry points are not those of a chain."""
     entries = {entry.name: entry for entry in variant.entry_points}
     count = len(entries) // 2
@@ -243,7 +259,7 @@ def _chain(variant: Variant) -> list[_Link]:
             f"variant {variant.name} has the entry points {', '.join(entries)}, where Core ML's are prefill and decode "
             "of each package; export it again"
         )
-    chain = [_Link(entries[f"{PREFILL}{part}"], entries[f"{DECODE}{part}"]) for part in parts]
+    chain = [Link(entries[f"{PREFILL}{part}"], entries[f"{DECODE}{part}"]) for part in parts]
     available = {"input_ids", "position", "last"}
     for link in chain:
         for entry in (link.prefill, link.decode):
@@ -258,7 +274,7 @@ def _chain(variant: Variant) -> list[_Link]:
                 "packages, which cannot share a KV cache; export it again"
             )
         available |= {spec.name for spec in link.decode.outputs}
-    _length(chain[0].prefill)
+    chunk_length(chain[0].prefill)
     outputs = [spec.name for spec in chain[-1].decode.outputs]
     if not outputs or outputs not in (["token"], ["logits"], [f"logits_{i}" for i in range(len(outputs))]):
         raise BundleError(
@@ -267,7 +283,7 @@ def _chain(variant: Variant) -> list[_Link]:
     return chain
 
 
-def _length(entry: EntryPoint) -> int:
+def chunk_length(entry: EntryPoint) -> int:
     """Tokens that an entry point takes at once; BundleError if its manifest does not say."""
     for spec in entry.inputs:
         if (
@@ -280,9 +296,3 @@ def _length(entry: EntryPoint) -> int:
     raise BundleError(
         f"the entry point {entry.name} does not say how many input_ids it takes; export it again"
     )
-
-
-def _brief(error: Exception) -> str:
-    """What Core ML says, in one line."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:200] + "..."

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runtimes import bundle as bundles
-from runtimes import checksums
+from runtimes import checksums, measuring
 from runtimes.bundle import Bundle
 from runtimes.errors import BundleError, ChecksumError, EngineError, UsageError
 from runtimes.generate import load
@@ -80,11 +80,11 @@ def test_bench_measures_no_changed_file(gochu: Callable, copy: Path) -> None:
 def test_bench_hashes_before_it_measures(
     toy: Path, cache: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(job: host.Job) -> host.Samples:
+    def measured(module: str, job: measuring.Job) -> measuring.Samples:
         assert sorted(hashed) == FILES
         raise EngineError("that is enough")
 
-    monkeypatch.setattr(host, "_spawn", measured)
+    monkeypatch.setattr(measuring, "spawn", measured)
     pytest.importorskip("onnxruntime", reason="chooses a variant that can run")
     with pytest.raises(EngineError, match="enough"):
         host.measure(toy, "smoke", threads=1, context=96)

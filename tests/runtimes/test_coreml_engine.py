@@ -409,9 +409,11 @@ class StandIn:
     """coremltools' MLModel as macOS has it, as far as the engine uses it: the computing is the evaluator's."""
 
     loaded: list[tuple[str, str]] = []  # noqa: RUF012
+    allowed: set[str] = set()  # noqa: RUF012
     failure: BaseException | None = None
 
-    def __init__(self, model: str, function_name: str | None = None) -> None:
+    def __init__(self, model: str, compute_units: Any, function_name: str | None = None) -> None:
+        StandIn.allowed.add(compute_units.name)
         StandIn.loaded.append((Path(model).name, str(function_name)))
         if isinstance(StandIn.failure, RuntimeWarning):
             warnings.warn(str(StandIn.failure), RuntimeWarning, stacklevel=2)
@@ -435,6 +437,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
     monkeypatch.setattr(ct.models, "MLModel", StandIn)
     monkeypatch.setattr(StandIn, "failure", None)
     monkeypatch.setattr(StandIn, "loaded", [])
+    monkeypatch.setattr(StandIn, "allowed", set())
     return StandIn
 
 
@@ -450,6 +453,27 @@ def test_on_macos_core_ml_computes(made, mac, kind):
     engine.decode(IDS[12])
     with pytest.raises(EngineError, match=r"Core ML failed in decode of .*the Neural Engine is tired"):
         engine.decode(0)
+
+
+@pytest.mark.parametrize(
+    ("delegate", "asked", "allowed"),
+    [
+        ("ane", None, "CPU_AND_NE"),
+        ("gpu", None, "CPU_AND_GPU"),
+        ("", None, "ALL"),
+        ("gpu", "cpu", "CPU_ONLY"),
+        ("ane", "all", "ALL"),
+    ],
+)
+def test_on_macos_a_variant_stays_on_the_processors_that_it_was_made_for(made, mac, delegate, asked, allowed):
+    """Blockwise integers, which the GPU's layout has, are wrong on the Neural Engine, without an error."""
+    opened(changed(made["logits"], delegate=delegate), compute_units=asked)
+    assert mac.allowed == {allowed}
+
+
+def test_unknown_compute_units_are_refused(made):
+    with pytest.raises(UsageError, match="no compute units 'tpu'; there are cpu, gpu, ane, all"):
+        opened(made["logits"], compute_units="tpu")
 
 
 def test_on_macos_exact_is_the_evaluators(made, mac):

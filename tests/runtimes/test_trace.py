@@ -16,7 +16,7 @@ from runtimes import report
 from runtimes.bundle import Bundle, Choice
 from runtimes.errors import EngineError, MissingExtra, UsageError
 from runtimes.measurement import Place, Subject
-from runtimes.targets.host import run_apart
+from runtimes.measuring import run_apart
 from runtimes.trace import (
     FRAMEWORK,
     PREFILLS,
