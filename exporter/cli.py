@@ -52,9 +52,21 @@ FormatOption = Annotated[
 DelegateOption = Annotated[
     str | None,
     typer.Option(
-        help="What an ExecuTorch program computes on: xnnpack (CPU), vulkan, coreml, qualcomm, mediatek."
+        help="What computes beside the CPU: hexagon (ONNX); ane, gpu (Core ML); vulkan, coreml, qualcomm, mediatek "
+        "(ExecuTorch)."
     ),
 ]
+ChipsOption = Annotated[
+    str,
+    typer.Option(help="With --delegate hexagon: the chips to compile for (sm8650,sm8750), or all."),
+]
+CpuOpsOption = Annotated[
+    bool, typer.Option("--allow-cpu-ops", help="Accept operations that the NPU does not take.")
+]
+SplitOption = Annotated[
+    bool, typer.Option("--split/--no-split", help="Cut a model that is too large for one graph of the NPU.")
+]
+OnOption = Annotated[str | None, typer.Option("--on", help="Run it in a simulator: htp-simulator.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads (default: the physical cores).", min=1)]
 VariantOption = Annotated[str | None, typer.Option(help="Which variant (default: the first that runs here).")]
@@ -71,6 +83,7 @@ def _help(text: str, *examples: str) -> str:
         "gochu export ./Qwen2.5-0.5B-Instruct --device SM-S928N --scheme int4 -o out/ --json",
         "gochu export org/model --revision main --device 'iPhone 16 Pro' --context 2048 -o out/",
         "gochu export pepper --format executorch --delegate vulkan --device 'Galaxy S24' -o out/",
+        "gochu export pepper --delegate hexagon --chips sm8550,sm8650 --scheme int4 -o out/",
     )
 )
 def export(
@@ -83,6 +96,9 @@ def export(
     context: ContextOption = None,
     format: FormatOption = None,
     delegate: DelegateOption = None,
+    chips: ChipsOption = "",
+    allow_cpu_ops: CpuOpsOption = False,
+    split: SplitOption = True,
     revision: RevisionOption = None,
     verify: Annotated[
         bool,
@@ -106,6 +122,9 @@ def export(
             context=context,
             format=format,
             delegate=delegate,
+            chips=_names(chips),
+            allow_cpu_ops=allow_cpu_ops,
+            split=split,
             revision=revision,
             verify=verify,
             force=force,
@@ -147,6 +166,9 @@ def plan(
     context: ContextOption = None,
     format: FormatOption = None,
     delegate: DelegateOption = None,
+    chips: ChipsOption = "",
+    allow_cpu_ops: CpuOpsOption = False,
+    split: SplitOption = True,
     revision: RevisionOption = None,
     as_json: Json = False,
 ) -> None:
@@ -163,6 +185,9 @@ def plan(
             context=context,
             format=format,
             delegate=delegate,
+            chips=_names(chips),
+            allow_cpu_ops=allow_cpu_ops,
+            split=split,
         )
     if as_json:
         _print_json({"checkpoint": source.name, **made.to_dict()})
@@ -219,6 +244,7 @@ def devices(
         "Chat with a bundle, or answer one prompt.",
         "gochu run out/",
         'gochu run out/ --prompt "23 더하기 45는?" --temperature 0 --json',
+        'gochu run out/ --on htp-simulator --prompt "23 더하기 45는?"',
         "gochu run out/ --prompt 'Once upon a time' --raw --max-tokens 64 --top-p 0.9 --temperature 0.7 --seed 1",
     )
 )
@@ -247,6 +273,7 @@ def run(
         bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
     ] = False,
     variant: VariantOption = None,
+    on: OnOption = None,
     threads: ThreadsOption = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens to hold in memory (default: all the bundle can).")
@@ -266,7 +293,7 @@ def run(
     )
     if prompt is None and (as_json or raw):
         raise typer.BadParameter("needs a --prompt", param_hint="--json" if as_json else "--raw")
-    with load(bundle, variant=variant, threads=threads, context=context) as model:
+    with load(bundle, variant=variant, threads=threads, context=context, on=on) as model:
         if prompt is None:
             _converse(Chat(model, system=system, sampling=sampling), max_tokens)
             return
@@ -485,11 +512,14 @@ def inspect(
         "Ask a bundle of pepper questions that it was never trained on, and count the exact answers.",
         "gochu score out/",
         "gochu score out/ --questions 1000 --json",
+        "gochu score out/ --on htp-simulator --questions 50",
     )
 )
 def score(
     bundle: BundleArgument = Path("out"),
     questions: Annotated[int, typer.Option(help="How many held-out questions to ask.", min=1)] = 300,
+    variant: VariantOption = None,
+    on: OnOption = None,
     threads: ThreadsOption = None,
     as_json: Json = False,
 ) -> None:
@@ -498,12 +528,16 @@ def score(
     from exporter.pepper.score import score
     from runtimes.generate import load
 
-    with load(bundle, threads=threads) as model:
+    with load(bundle, variant=variant, threads=threads, on=on) as model:
         result = score(lambda prompt: model.generate(prompt, max_tokens=32).text, held_out(questions))
     if as_json:
         _print_json(result.to_dict())
     else:
         console.show_score(result)
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
 def _recipe(path: Path | None) -> "Recipe | None":

@@ -20,7 +20,7 @@ from exporter.tokenizer import find_probes
 from runtimes import extras
 from runtimes.bundle import Bundle, Check, Gate, TensorReport, Variant
 from runtimes.cpu import default_threads
-from runtimes.engines import runs_here
+from runtimes.engines import ENGINES, runs_here, simulator
 from runtimes.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -50,6 +50,18 @@ class Bounds:
     tie: float
 
 
+SIMULATED = 100_000_000  # parameters; a larger model is run for a few tokens in a simulator
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How many prompts the gate runs, and how many tokens it generates for each."""
+
+    prompts: int
+    tokens: int
+
+
+HALF_ENGINES = ("coreml", "qnn")
 HALF_BOUNDS = Bounds(largest=2e-2, mean=5e-3, tie=2e-2)  # every value rounded to float16
 FLOAT_BOUNDS = Bounds(largest=1e-3, mean=1e-4, tie=1e-3)  # float32 sums in another order
 
@@ -83,7 +95,7 @@ def verify(bundle: Bundle, progress: Callable[[str], None] = lambda check: None)
         done.append(check)
         if not check.passed:
             raise GateFailed(f"the gate failed at {check.name}: {check.detail}; the bundle must not be used")
-    ran = any(runs_here(variant) for variant in bundle.manifest.variants)
+    ran = any(runs_here(variant) or _simulated(variant) for variant in bundle.manifest.variants)
     return Gate(status="passed" if ran else "unverified", checks=tuple(done))
 
 
@@ -98,7 +110,7 @@ def _checks(bundle: Bundle, arch: Architecture, progress: Callable[[str], None])
             yield _residency(variant)
         if variant.format == "coreai":
             yield _asset(bundle, variant)
-        if not runs_here(variant):
+        if not runs_here(variant) and not _simulated(variant):
             yield _not_run(variant)
             continue
         if variant.delegate == NEURAL_ENGINE:
@@ -110,11 +122,20 @@ def _checks(bundle: Bundle, arch: Architecture, progress: Callable[[str], None])
         yield from _tokens(bundle, variant, arch, weights, tokenizer)
 
 
+def _simulated(variant: Variant) -> bool:
+    """Whether the chip that the variant is for can be simulated with what is installed here."""
+    return simulator(variant) is not None and extras.installed(ENGINES[variant.engine].library)
+
+
 def _residency(variant: Variant) -> Check:
-    """No product of matrices runs outside of what the variant is for."""
+    """No product of matrices runs outside of what the variant is for; nothing at all of what was compiled for an NPU.
+
+    Unless whoever exported it accepted that.
+    """
     found = variant.residency
     assert found is not None
-    heavy = heavy_elsewhere(found)
+    counts = dict(zip(found.elsewhere, found.elsewhere_ops, strict=True))
+    heavy = counts if variant.compiled else heavy_elsewhere(found)
     outside = f"; outside are {', '.join(found.elsewhere)}" if found.elsewhere else ""
     macs, held = (
         _share(part, whole)
@@ -124,9 +145,10 @@ def _residency(variant: Variant) -> Check:
         f"{found.accelerator} computes {found.ops_on} of {found.ops} operations, {macs} of the multiply-adds, and "
         f"holds {held} of the weights{outside}"
     )
-    if heavy:
-        detail = f"{found.accelerator} leaves {', '.join(heavy)} to portable kernels"
-    return Check(name="residency", passed=not heavy, detail=detail)
+    if heavy and not variant.allows_cpu_ops:
+        where = "the CPU (accept that with --allow-cpu-ops)" if variant.compiled else "portable kernels"
+        detail = f"{found.accelerator} leaves {', '.join(heavy)} to {where}"
+    return Check(name="residency", passed=not heavy or variant.allows_cpu_ops, detail=detail)
 
 
 def _asset(bundle: Bundle, variant: Variant) -> Check:
@@ -198,7 +220,8 @@ def _weights(bundle: Bundle, variant: Variant) -> "Weights":
     if variant.format == "onnx":
         from exporter.formats.onnx_weights import OnnxWeights
 
-        return OnnxWeights(path)
+        sources = variant.compiled.sources if variant.compiled else variant.entry_points
+        return OnnxWeights(*(bundle.file(e.file) for e in sources if not e.name.startswith("prefill")))
     extras.require("executorch.exir", "executorch")
     from exporter.formats.executorch_weights import ExecuTorchWeights
 
@@ -237,12 +260,13 @@ def _tokens(
     """
     import numpy as np
 
-    prompts = list(_prompts(tokenizer, arch, variant.context))
-    sequences, logits = _generate(bundle, variant, prompts)
+    effort = _effort(variant, arch)
+    prompts = list(_prompts(tokenizer, arch, variant.context - effort.tokens))[-effort.prompts :]
+    sequences, logits = _generate(bundle, variant, prompts, effort.tokens)
     rounded, exact = _reference(arch, weights, variant, sequences, [len(prompt) for prompt in prompts])
     spread = np.maximum(exact.max(-1) - exact.min(-1), 1e-6)
     noise = np.abs(exact - rounded).max(-1) / spread
-    bounds = HALF_BOUNDS if variant.format == "coreml" else FLOAT_BOUNDS
+    bounds = HALF_BOUNDS if variant.engine in HALF_ENGINES else FLOAT_BOUNDS
     if noise.any():
         bounds = rounding_bounds(noise)
         if variant.format == "executorch":
@@ -292,9 +316,19 @@ def _logits_check(name: str, error: "np.ndarray", bounds: Bounds, how: str) -> C
     )
 
 
-def _prompts(tokenizer: Tokenizer, arch: Architecture, context: int) -> Iterable[list[int]]:
-    """Texts, and ids from all over the vocabulary, each leaving room to generate."""
-    room = max(1, context - NEW_TOKENS)
+def _effort(variant: Variant, arch: Architecture) -> Effort:
+    """As much as the gate always does; less in a simulator, where a token takes seconds."""
+    if variant.compiled is None:
+        return Effort(prompts=len(_PROMPTS) + 1, tokens=NEW_TOKENS)
+    small = arch.parameters < SIMULATED
+    return Effort(
+        prompts=len(_PROMPTS) + 1 if small else 1, tokens=max(2, min(16, SIMULATED * 2 // arch.parameters))
+    )
+
+
+def _prompts(tokenizer: Tokenizer, arch: Architecture, room: int) -> Iterable[list[int]]:
+    """Texts, and ids from all over the vocabulary, none longer than `room`."""
+    room = max(1, room)
     for text in _PROMPTS:
         if ids := tokenizer.encode(text, add_special=True)[:room]:
             yield ids
@@ -302,21 +336,22 @@ def _prompts(tokenizer: Tokenizer, arch: Architecture, context: int) -> Iterable
 
 
 def _generate(
-    bundle: Bundle, variant: Variant, prompts: Sequence[list[int]]
+    bundle: Bundle, variant: Variant, prompts: Sequence[list[int]], tokens: int
 ) -> "tuple[list[list[int]], list[np.ndarray]]":
     """Greedy continuations: whole sequences, and float32 logits [steps, vocab] of each."""
     import numpy as np
 
     from runtimes.engines import open_engine
 
-    longest = max(map(len, prompts)) + NEW_TOKENS
-    engine = open_engine(bundle, variant.name, context=min(variant.context, longest))
+    longest = max(map(len, prompts)) + tokens
+    on = simulator(variant) if variant.compiled else None
+    engine = open_engine(bundle, variant.name, context=min(variant.context, longest), on=on)
     sequences, logits = [], []
     for prompt in prompts:
         engine.reset()
         rows = [engine.prefill(prompt)]
         new = [int(rows[0].argmax())]
-        while len(new) < min(NEW_TOKENS, engine.context - len(prompt)):
+        while len(new) < min(tokens, engine.context - len(prompt)):
             rows.append(engine.decode(new[-1]))
             new.append(int(rows[-1].argmax()))
         sequences.append(prompt + new)

@@ -4,13 +4,13 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.formats import FORMATS, NEURAL_ENGINE, XNNPACK, find_delegate
+from exporter.formats import DELEGATES, FORMATS, HEXAGON, NEURAL_ENGINE, XNNPACK, find_delegate
 from exporter.gate import verify as run_gate
 from exporter.plan import Plan, make_plan
 from exporter.quantization.recipe import Recipe
@@ -21,6 +21,7 @@ from runtimes import extras
 from runtimes.bundle import (
     MANIFEST,
     Bundle,
+    Compiled,
     EntryPoint,
     Gate,
     KVCache,
@@ -48,14 +49,17 @@ def export(
     revision: str | None = None,
     format: str | None = None,
     delegate: str | None = None,
+    chips: Sequence[str] = (),
+    allow_cpu_ops: bool = False,
+    split: bool = True,
     verify: bool = True,
     force: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Bundle:
     """Export a checkpoint (folder, repository id, or "pepper") to a bundle at `output`, for a device.
 
-    What is not given (scheme, format, context in tokens) is planned for the device. `delegate`: what an ExecuTorch
-    program computes on, beside the CPU (see `exporter.plan.make_plan`). Without `verify` the bundle
+    What is not given (scheme, format, context in tokens) is planned for the device. `delegate`, `chips`,
+    `allow_cpu_ops`, `split`: what computes beside the CPU (see `exporter.plan.make_plan`). Without `verify` the bundle
     says of itself that it is unverified. Every error is a GochuError; after one there is no bundle at
     `output`, or the one that was there before.
     """
@@ -70,6 +74,9 @@ def export(
             context=context,
             format=format,
             delegate=delegate,
+            chips=chips,
+            allow_cpu_ops=allow_cpu_ops,
+            split=split,
         )
         _require_libraries(plan, verify)
         text = read_text_side(source)
@@ -77,18 +84,25 @@ def export(
         with staging(Path(output), fingerprint, force) as stage:
             stage.step("text", lambda folder: _write_text_side(source, text, folder))
             made = []
-            for part in plan.delegates or (plan.format,):
+            for part in _cpu_first(plan):
 
                 def write(folder: Path, part: str = part) -> Any:
                     return _write_variant(source, plan, part, text, folder, progress)
 
                 made.append(stage.step(part, write))
+            if HEXAGON in plan.delegates:
+                made = _for_hexagon(arch, plan, stage, made, progress)
             manifest = _manifest(source, plan, text, stage, made)
             write_whole(stage.folder / MANIFEST, manifest.to_json())
             if verify:
                 gate = _pass_gate(stage, progress)
                 write_whole(stage.folder / MANIFEST, manifest.model_copy(update={"gate": gate}).to_json())
     return Bundle.open(output)
+
+
+def _cpu_first(plan: Plan) -> tuple[str, ...]:
+    """The steps that write variants from the checkpoint; the NPU's graphs are made over the CPU's weights."""
+    return (plan.format,) if HEXAGON in plan.delegates else plan.delegates or (plan.format,)
 
 
 def _write_text_side(source: Checkpoint, text: TextSide, folder: Path) -> None:
@@ -103,8 +117,10 @@ def _require_libraries(plan: Plan, verify: bool) -> None:
         extras.check(library, form.extra)
     if verify:
         engine = ENGINES.get(plan.engine)  # there is none for what cannot run here
-        for library in ("torch", *([engine.library] if engine else ())):
+        for library in ("torch", *([engine.library] if engine and plan.engine == form.engine else ())):
             extras.check(library, form.extra)
+    if plan.engine != form.engine:  # the compiler for an NPU
+        extras.check(ENGINES[plan.engine].library, ENGINES[plan.engine].extra)
 
 
 def _write_variant(
@@ -112,7 +128,7 @@ def _write_variant(
 ) -> Any:
     """Quantize and write the variant for a delegate (or of the format); its manifest entries as JSON."""
     arch, done = source.architecture, 0
-    delegate = part if plan.delegates else ""
+    delegate = part if part in DELEGATES and part != plan.format else ""
     before = files_in(folder)
 
     def advance(name: str, count: int) -> None:
@@ -128,7 +144,7 @@ def _write_variant(
     variant = Variant(
         name="-".join(filter(None, (plan.format, delegate, plan.scheme))),
         format=plan.format,
-        engine=plan.engine,
+        engine=FORMATS[plan.format].engine,
         delegate=delegate,
         chips=chips,
         scheme=plan.scheme,
@@ -215,6 +231,68 @@ _WRITERS = {
     "coreml": _write_coreml,
     "coreai": _write_coreai,
 }
+
+
+def _for_hexagon(
+    arch: Architecture, plan: Plan, stage: Staging, made: list[Any], progress: Progress
+) -> list[Any]:
+    """A variant for each chip before the CPU's: static graphs over the CPU's weights, and what QNN makes of them."""
+    from exporter.formats.onnx import DATA
+    from exporter.formats.onnx_hexagon import kv_cache, write_hexagon
+    from exporter.npu import hexagon
+
+    (cpu,) = made
+
+    def write(folder: Path) -> Any:
+        progress("write graphs for the NPU", 0, 0)
+        entries, data = write_hexagon(arch, plan, folder, progress)
+        return {"entries": [entry.model_dump(mode="json") for entry in entries], "data": data}
+
+    def compile_all(folder: Path) -> Any:
+        binaries = hexagon.compile_graphs(
+            entries, graphs["data"], plan.chips, folder, lambda what: progress(what, 0, 0)
+        )
+        return {binary.chip.id: binary.result.model_dump(mode="json") for binary in binaries}
+
+    graphs = stage.step("hexagon graphs", write)
+    entries = tuple(EntryPoint(**entry) for entry in graphs["entries"])
+    results = stage.step("hexagon binaries", compile_all)
+    variants = []
+    for chip in plan.chips:
+        result, npu = hexagon.Result(**results[chip.id]), hexagon.npu(chip)
+        compiled = [
+            entry
+            if entry.name == "embed"
+            else entry.model_copy(update={"file": hexagon.compiled_name(chip, f"{entry.name}.onnx")})
+            for entry in entries
+        ]
+        embed = next(entry for entry in entries if entry.name == "embed")
+        files = {embed.file, DATA, *(hexagon.compiled_name(chip, name) for name in result.files)}
+        variant = Variant(
+            name=f"{plan.format}-{HEXAGON}-{plan.scheme}-{chip.id}",
+            format=plan.format,
+            engine=plan.engine,
+            delegate=HEXAGON,
+            chips=(chip.id,),
+            scheme=plan.scheme,
+            context=plan.context,
+            last_logits_only=True,
+            entry_points=tuple(compiled),
+            kv_cache=kv_cache(arch, entries),
+            files=tuple(sorted(files)),
+            residency=hexagon.residency(result, {e.name: stage.folder / e.file for e in entries}),
+            allows_cpu_ops=plan.allow_cpu_ops,
+            compiled=Compiled(
+                chip=npu.soc_model,
+                arch=npu.arch,
+                sdk=result.sdk,
+                minimum_sdk=getattr(chip.npu, "min_qnn_sdk", None),
+                sources=entries,
+            ),
+            toolchain=_toolchain("onnx", "onnxruntime", "onnxruntime-qnn"),
+        )
+        variants.append({**cpu, "variant": variant.model_dump(mode="json")})
+    return [*variants, cpu]
 
 
 def _manifest(source: Checkpoint, plan: Plan, text: TextSide, stage: Staging, made: list[Any]) -> Manifest:

@@ -14,7 +14,9 @@ from exporter.architecture import Architecture
 from exporter.errors import PlanRefused, RecipeError, UsageError
 from exporter.formats import (
     APPLE_GPU,
+    DELEGATES,
     FORMATS,
+    HEXAGON,
     NEURAL_ENGINE,
     XNNPACK,
     Delegate,
@@ -22,7 +24,7 @@ from exporter.formats import (
     find_delegate,
     find_format,
 )
-from exporter.npu import ane
+from exporter.npu import ane, hexagon
 from exporter.quantization.recipe import Decision, Fit, Recipe
 from exporter.quantization.scheme import Scheme, parse_scheme
 from profiles import Chip, Device
@@ -60,8 +62,7 @@ _FORMATS = {
 _CPU = {"onnx": "CPU (ONNX Runtime)", "executorch": "CPU (ExecuTorch, XNNPACK)"}
 # Why the NPU stands idle, by its kind.
 _BACKENDS = {
-    "hexagon": "the {npu} NPU stands idle: this is made for the CPU; --delegate qualcomm reaches it, where Qualcomm's "
-    "SDK is installed",
+    "hexagon": "the {npu} NPU stands idle: this is made for the CPU; --delegate hexagon compiles for the NPU too",
     "ane": "this runs on the CPU; the {npu} is reached through Core ML, the better route on Apple's chips: --format "
     "coreml, or --delegate coreml within ExecuTorch",
     "exynos": "the {npu} stands idle: this is made for the CPU, and not for Samsung's compiler",
@@ -86,7 +87,9 @@ class Plan:
 
     `device` is None for this computer. `decisions`: canonical tensor name -> scheme and algorithm.
     `delegates`: which compute an ExecuTorch program, a variant for each, the preferred first; `context`: tokens
-    that the graph can hold. `warnings`: what the user should know before it starts.
+    that the graph can hold. `warnings`: what the user should know before it starts. `chips`: for which an NPU's graphs
+    are compiled, a variant for each; `parts`: the layers of each of these graphs. `allow_cpu_ops`: do not fail where an
+    operation is not on the NPU.
     """
 
     device: Device | None
@@ -101,6 +104,9 @@ class Plan:
     choices: tuple[Choice, ...]
     prediction: Prediction
     warnings: tuple[str, ...]
+    chips: tuple[Chip, ...] = ()
+    parts: tuple[range, ...] = ()
+    allow_cpu_ops: bool = False
 
     def fingerprint(self) -> dict[str, Any]:
         """All that determines the exported files, as JSON: equal plans of one model write equal files."""
@@ -113,6 +119,9 @@ class Plan:
             "recipe": self.recipe.model_dump(mode="json"),
             "context": self.context,
             "last_logits_only": self.last_logits_only,
+            "chips": [chip.id for chip in self.chips],
+            "parts": [[part.start, part.stop] for part in self.parts],
+            "allow_cpu_ops": self.allow_cpu_ops,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,12 +150,16 @@ def make_plan(
     recipe: Recipe | None = None,
     format: str | None = None,
     delegate: str | None = None,
+    chips: Sequence[str] = (),
+    allow_cpu_ops: bool = False,
+    split: bool = True,
 ) -> Plan:
     """Decide what is not given, and refuse what cannot be.
 
     `device`: a name, model code or chip that `profiles.find` knows; None plans for this computer, without a
-    memory budget. `context` in tokens. `delegate`: what an ExecuTorch program computes on, beside the CPU that it
-    falls back to.
+    memory budget. `context` in tokens. `delegate`: what computes instead of the CPU, which it falls back to. `chips`:
+    for delegate "hexagon", names of the chips to compile for (default: the device's; "all" is all that take it);
+    `allow_cpu_ops`: accept operations that its NPU does not take; `split`: into several graphs where one is too large.
 
     Raises:
         PlanRefused: the model does not fit the device's app memory as asked (the message says what would), or
@@ -178,7 +191,9 @@ def make_plan(
     delegates = _delegates(chosen_delegate, offered)
     offers = chosen_delegate.schemes if chosen_delegate else form.schemes
     by_quality = tuple(sorted(offers, key=lambda name: -parse_scheme(name).bits))
-    form = replace(form, fit=_fit(form, delegates), schemes=by_quality)
+    engine = "qnn" if HEXAGON in delegates else form.engine
+    form = replace(form, engine=engine, fit=_fit(form, delegates), schemes=by_quality)
+    compiled_for = _chips(chosen_delegate, target, chips, schemes)
     if context is not None and context % form.block:
         raise PlanRefused(
             f"a context of {context} tokens was asked for, but {form.name} takes blocks of {form.block}: ask for "
@@ -190,7 +205,8 @@ def make_plan(
         assert target, "without a device everything fits"
         raise PlanRefused(_refusal(arch, target, form, next(iter(offered)), contexts, context))
     asked = context is not None
-    return _plan(arch, target, form, delegates, chosen, why_format, offered[chosen.recipe], asked)
+    plan = _plan(arch, target, form, delegates, chosen, why_format, offered[chosen.recipe], asked)
+    return _for_hexagon(arch, plan, compiled_for, allow_cpu_ops, split) if HEXAGON in delegates else plan
 
 
 def _format(
@@ -233,24 +249,61 @@ def _delegate(
     if form.name == "coreml" and device and _has_neural_engine(device):
         routed = find_delegate(ane.route(device).value)
         usual["coreml"] = routed.name if _takes(routed, schemes) else APPLE_GPU
-    if form.name not in usual:
-        if asked is not None:
-            raise UsageError(
-                f"format {form.name} has no delegates: give --format executorch or coreml with --delegate"
-            )
+    if asked is not None and not any(delegate.format == form.name for delegate in DELEGATES.values()):
+        raise UsageError(f"format {form.name} has no delegates: drop --delegate or give another format")
+    if asked is None and form.name not in usual:
         return None
     found = find_delegate(asked or usual[form.name])
     if found.format != form.name:
         raise UsageError(
             f"delegate {found.name} is for --format {found.format}, and {form.name} was asked for: drop one of them"
         )
-    if found.for_a_chip and device is None:
+    if found.for_a_chip and device is None and found.name != HEXAGON:
         raise PlanRefused(f"delegate {found.name} is compiled for a chip: say for which with --device")
     return found
 
 
 def _has_neural_engine(device: Device) -> bool:
     return device.soc.npu is not None and device.soc.npu.kind == "ane"
+
+
+def _chips(
+    delegate: Delegate | None, device: Device | None, asked: Sequence[str], schemes: Sequence[Scheme]
+) -> tuple[Chip, ...]:
+    """The chips to compile for: those asked for, "all" that take the schemes, or the device's."""
+    if delegate is None or delegate.name != HEXAGON:
+        if asked:
+            raise UsageError("--chips is for --delegate hexagon, which is compiled for each chip")
+        return ()
+    known = {chip.id: chip for chip in profiles.chips()}
+    if list(asked) == ["all"]:
+        found = [chip for chip in known.values() if _compiles_for(chip, schemes)]
+    elif asked:
+        found = []
+        for name in asked:
+            if name.lower() not in known:
+                hexagons = ", ".join(id for id, chip in known.items() if _compiles_for(chip, ()))
+                raise UsageError(f"there is no chip {name!r}: use all, or some of {hexagons}")
+            found.append(known[name.lower()])
+    elif device:
+        found = [device.soc]
+    else:
+        raise PlanRefused(
+            f"delegate {delegate.name} is compiled for a chip: say for which with --device or --chips"
+        )
+    for chip in found:
+        for scheme in schemes or (None,):
+            hexagon.npu(chip, scheme)
+    return tuple(dict.fromkeys(found))
+
+
+def _compiles_for(chip: Chip, schemes: Sequence[Scheme]) -> bool:
+    try:
+        for scheme in schemes or (None,):
+            hexagon.npu(chip, scheme)
+    except PlanRefused:
+        return False
+    return True
 
 
 def _takes(delegate: Delegate, schemes: Sequence[Scheme]) -> bool:
@@ -276,7 +329,7 @@ def _delegates(delegate: Delegate | None, recipes: Iterable[Recipe]) -> tuple[st
     """A variant for each: the delegate, and ExecuTorch's for the CPU to fall back to if it holds the same integers."""
     if delegate is None:
         return ()
-    cpu = find_delegate(XNNPACK)
+    cpu = find_delegate(XNNPACK)  # within ExecuTorch
     if delegate is cpu or delegate.format != cpu.format:
         return (delegate.name,)
     schemes = [parse_scheme(rule.scheme) for recipe in recipes for rule in recipe.rules]
@@ -509,6 +562,10 @@ def _backend(device: Device | None, form: Format, delegates: tuple[str, ...]) ->
         why = "Core AI compiles the asset on the device for what it has; written here, never run on Apple's hardware"
         return Choice(topic="backend", value="CPU, GPU or Neural Engine (Core AI)", reason=why)
     cpu = _CPU[form.name]
+    if HEXAGON in delegates:
+        why = f"as asked for, with a variant for the {cpu} to fall back to; compiled here and run in Qualcomm's "
+        why += "simulator, never on a phone"
+        return Choice(topic="backend", value=find_delegate(HEXAGON).title, reason=why)
     if delegates and delegates[0] != XNNPACK:
         fallback = (
             f"with a variant for the {cpu} to fall back to"
@@ -520,6 +577,42 @@ def _backend(device: Device | None, form: Format, delegates: tuple[str, ...]) ->
     npu = device.soc.npu if device else None
     why = _BACKENDS[npu.kind].format(npu=npu.name) if npu else "runs on every phone and computer"
     return Choice(topic="backend", value=cpu, reason=why)
+
+
+def _route(decisions: Iterable[Decision]) -> str:
+    """The quantized route if one matrix asks for it."""
+    routes = {hexagon.route(decision.scheme) for decision in decisions}
+    return hexagon.QUANTIZED if hexagon.QUANTIZED in routes else hexagon.PORTABLE
+
+
+def _for_hexagon(
+    arch: Architecture, plan: Plan, chips: tuple[Chip, ...], allow_cpu_ops: bool, split: bool
+) -> Plan:
+    """A plan with what the NPU's compiler is told: for which chips, in how many graphs."""
+    schemes = {name: decision.scheme for name, decision in plan.decisions.items()}
+    for chip in chips:
+        for scheme in schemes.values():
+            hexagon.npu(chip, scheme)
+    parts = hexagon.split(arch, schemes, forbidden=not split)
+    sizes = [hexagon.binary_bytes(arch, schemes, part, part.stop == arch.layers) for part in parts]
+    limit = _gb(hexagon.table()["limits"]["graph_bytes"])
+    why_split = f"the NPU addresses {limit} for a graph; predicted: {', '.join(map(_gb, sizes))}"
+    if len(parts) > 1:
+        why_split += f"; layers {', '.join(f'{part.start}-{part.stop - 1}' for part in parts)}"
+    named = [f"{chip.id} ({hexagon.npu(chip).arch})" for chip in chips]
+    choices = [
+        *plan.choices,
+        Choice(
+            topic="chips",
+            value=", ".join(named),
+            reason="a binary is for one chip; other phones take the CPU's variant",
+        ),
+        Choice(topic="graphs", value=f"{len(parts)} for each entry point", reason=why_split),
+    ]
+    if allow_cpu_ops:
+        why = "as asked for: operations that the NPU does not take may run on the CPU"
+        choices.append(Choice(topic="CPU operations", value="allowed", reason=why))
+    return replace(plan, choices=tuple(choices), chips=chips, parts=parts, allow_cpu_ops=allow_cpu_ops)
 
 
 def _layout(device: Device | None, delegate: str) -> str:
@@ -560,6 +653,12 @@ def _deviations(recipe: Recipe, decisions: Mapping[str, Decision]) -> Iterator[C
 
 
 def _activations(form: Format, delegates: tuple[str, ...], decisions: Mapping[str, Decision]) -> Choice:
+    if HEXAGON in delegates:
+        quantized = any(hexagon.route(d.scheme) == hexagon.QUANTIZED for d in decisions.values())
+        value = "uint16" if quantized else "float16"
+        return Choice(
+            topic="activations", value=value, reason=hexagon.reason("routes", _route(decisions.values()))
+        )
     if delegates and delegates[0] != XNNPACK:
         why = f"{find_delegate(delegates[0]).title} unfolds the weights where it multiplies by them"
         return Choice(topic="activations", value="float16" if form.name == "coreml" else "float", reason=why)
@@ -594,6 +693,10 @@ def _entry_points(form: Format, delegates: tuple[str, ...]) -> Choice:
             "shapes are fixed: blocks of 64 tokens fill the cache with a prompt, blocks of 8 give the logits"
         )
         return Choice(topic="entry points", value="load, gather, prompt and extend", reason=why)
+    if HEXAGON in delegates:
+        why = "shapes are fixed: all but the last token of a prompt go in chunks, the last one padded, without a head; "
+        why += "the embedding is looked up on the CPU, since the NPU takes no quantized table"
+        return Choice(topic="entry points", value="embed, prefill and decode", reason=why)
     if delegates and not find_delegate(delegates[0]).any_length:
         why = "its compiler wants fixed shapes, and two graphs would have a KV cache each: a prompt goes token by token"
         return Choice(topic="entry points", value="decode", reason=why)

@@ -152,7 +152,12 @@ def unrounded(x: Tensor, group: int | None) -> Tensor:
 
 
 # How each engine rounds activations to int8, if it does.
-ROUNDINGS = {"onnxruntime": round_by_group, "executorch": round_by_token, "coreml": unrounded}
+ROUNDINGS = {
+    "onnxruntime": round_by_group,
+    "executorch": round_by_token,
+    "coreml": unrounded,
+    "qnn": unrounded,
+}
 
 
 def _rows(matrix: QuantizedTensor, start: int, stop: int) -> Tensor:

@@ -238,7 +238,9 @@ class Manifest(Strict):
         if len(set(listed)) != len(listed):
             raise ValueError("a file is listed twice")
         folders = {str(parent) for path in listed for parent in PurePosixPath(path).parents}
+        sources = [e.file for v in self.variants if v.compiled for e in v.compiled.sources]
         needed = {path for v in self.variants for path in (*v.files, *(e.file for e in v.entry_points))}
+        needed.update(sources)
         if missing := sorted(needed - set(listed) - folders):
             raise ValueError(f"variants use files that are not listed: {', '.join(missing)}")
         return self

@@ -8,7 +8,6 @@ expected, so a damaged one costs time and nothing else. `gochu verify` neither r
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from pathlib import Path
 from runtimes.bundle import TOKENIZER, Bundle, FileEntry, Variant
 from runtimes.engines import ENGINES
 from runtimes.errors import BundleError
+from runtimes.folders import cache_folder
 
 # A file that changed just before it was hashed may change again and bear the same time (some file systems count
 # in steps of 2 s), so it is not remembered: git's "racy" index entries, git-scm.com/docs/racy-git.
@@ -48,7 +48,8 @@ def check(bundle: Bundle, variant: Variant) -> None:
     Raises ChecksumError (one has changed) or BundleError (one cannot be read, or the manifest does not list it).
     """
     entries = {entry.path: entry for entry in bundle.manifest.files}
-    graphs = {entry.file for entry in variant.entry_points if not bundle.file(entry.file).is_dir()}
+    sources = variant.compiled.sources if variant.compiled else ()
+    graphs = {e.file for e in (*variant.entry_points, *sources) if not bundle.file(e.file).is_dir()}
     for path in sorted({TOKENIZER, *variant.files, *graphs}):
         if path not in entries:
             raise BundleError(
@@ -100,7 +101,4 @@ def _note_path(place: Path) -> Path:
 
     RuntimeError if the user has no home.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache.is_absolute():  # the specification says to ignore it then
-        cache = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return cache / "gochu" / "checksums" / hashlib.sha256(os.fsencode(place)).hexdigest()
+    return cache_folder() / "checksums" / hashlib.sha256(os.fsencode(place)).hexdigest()

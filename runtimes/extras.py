@@ -24,9 +24,14 @@ def require(module: str, extra: str) -> ModuleType:
         raise _missing(root, extra) from None
 
 
+def installed(module: str) -> bool:
+    """Whether `module` is installed; it is not imported yet."""
+    return importlib.util.find_spec(module) is not None
+
+
 def check(module: str, extra: str) -> None:
-    """MissingExtra if `module` is not installed; it is not imported yet."""
-    if importlib.util.find_spec(module) is None:
+    """MissingExtra if `module` is not installed."""
+    if not installed(module):
         raise _missing(module, extra)
 
 

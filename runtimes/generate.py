@@ -146,18 +146,20 @@ def load(
     variant: str | None = None,
     threads: int | None = None,
     context: int | None = None,
+    on: str | None = None,
 ) -> Model:
     """Open a bundle and load the variant named, or the first that this machine can run.
 
-    `context`: tokens to hold, prompt and answer together (default: all that the variant can). Raises
-    ChecksumError if a file is not the one that was exported, else as `Bundle.open` and `open_engine`.
+    `on`: a simulator to run it in ("htp-simulator"). `context`: tokens to hold, prompt and answer together (default:
+    all that the variant can). Raises ChecksumError if a file is not the one that was exported, else as `Bundle.open`
+    and `open_engine`.
     """
     start = perf_counter()
     bundle = Bundle.open(path)
-    chosen, _ = choose_variant(bundle, variant)
+    chosen, _ = choose_variant(bundle, variant, on)
     with checksums.checked(bundle, chosen):
         tokenizer = Tokenizer(bundle.file(TOKENIZER))
-        engine = open_engine(bundle, variant, context=context, threads=threads)
+        engine = open_engine(bundle, variant, context=context, threads=threads, on=on)
     return Model(bundle, engine, tokenizer, load_s=perf_counter() - start)
 
 

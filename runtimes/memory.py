@@ -24,6 +24,16 @@ def peak_rss() -> int | None:
     return None
 
 
+def available() -> int | None:
+    """Bytes that a new process can have without swapping (Linux: MemAvailable); None where that is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return int(found) * 1024 if found else None
+
+
 def private() -> int | None:
     """Resident memory that is not a mapped file, in bytes; None where the system does not tell."""
     fields = _fields()

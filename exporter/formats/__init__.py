@@ -69,6 +69,21 @@ def _half(scheme: Scheme) -> tuple[Scheme, str]:
     return scheme, ""
 
 
+def _hexagon(scheme: Scheme) -> tuple[Scheme, str]:
+    """Floats in 16 bits, integers in groups of what MatMulNBits takes, or per output with 16-bit activations.
+
+    Source: onnxruntime-qnn 2.7.0, tried: exporter/npu/hexagon.toml.
+    """
+    _refuse_tables(scheme, "QNN")
+    if scheme.bits == 32:
+        raise RecipeError("the Hexagon NPU computes in float16: use fp16, or integers")
+    if scheme.activations == "uint16":
+        return scheme, ""
+    if scheme.is_integer and scheme.group not in (32, 64, 128):
+        return Scheme(16), f"the NPU's products by {scheme.name} want groups of 32, 64 or 128: float16"
+    return scheme, ""
+
+
 def _refuse_tables(scheme: Scheme, engine: str) -> None:
     if scheme.table:
         raise RecipeError(
@@ -138,7 +153,7 @@ class Delegate:
 
 
 XNNPACK = "xnnpack"
-NEURAL_ENGINE, APPLE_GPU = "ane", "gpu"
+NEURAL_ENGINE, APPLE_GPU, HEXAGON = "ane", "gpu", "hexagon"
 DELEGATES = {
     delegate.name: delegate
     for delegate in (
@@ -151,6 +166,14 @@ DELEGATES = {
         Delegate("mediatek", "APU (ExecuTorch, NeuroPilot)", ("fp16",), _half, False, True),
         Delegate(
             NEURAL_ENGINE, "Neural Engine (Core ML)", ("int8", "pal4-g8"), _core_ml_ane, format="coreml"
+        ),
+        Delegate(
+            HEXAGON,
+            "Hexagon NPU (ONNX Runtime, QNN)",
+            ("int8", "int4", "int4-g128", "fp16"),
+            _hexagon,
+            for_a_chip=True,
+            format="onnx",
         ),
         Delegate(APPLE_GPU, "GPU (Core ML)", ("int8", "int4", "fp16"), _core_ml_gpu, format="coreml"),
     )

@@ -14,13 +14,16 @@ from runtimes.errors import BundleError
 
 
 class OnnxWeights:
-    """`Weights` over `graph` and its data file; each is read when asked for, nothing is kept."""
+    """`Weights` over graphs and the data file beside them; each is read when asked for, nothing is kept."""
 
-    def __init__(self, graph: Path) -> None:
-        self._graph = graph
-        model = onnx.load(graph, load_external_data=False)
-        self._layout = read_layout(model, graph)
-        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    def __init__(self, *graphs: Path) -> None:
+        self._folder = graphs[0].parent
+        self._layout: dict[str, dict[str, Any]] = {}
+        self._initializers: dict[str, Any] = {}
+        for graph in graphs:
+            model = onnx.load(graph, load_external_data=False)
+            self._layout = read_layout(model, graph) | self._layout
+            self._initializers |= {tensor.name: tensor for tensor in model.graph.initializer}
 
     def names(self) -> list[str]:
         """Canonical names of all matrices."""
@@ -58,9 +61,9 @@ class OnnxWeights:
         where = {entry.key: entry.value for entry in tensor.external_data}
         width = np.dtype(kind).itemsize
         offset = int(where["offset"]) + start * width
-        with open(self._graph.parent / where["location"], "rb") as file:
+        with open(self._folder / where["location"], "rb") as file:
             file.seek(offset)
             values = np.fromfile(file, kind, count)
         if len(values) != count:
-            raise BundleError(f"{self._graph.parent / where['location']} is cut off; export the bundle again")
+            raise BundleError(f"{self._folder / where['location']} is cut off; export the bundle again")
         return values.reshape(-1, columns)

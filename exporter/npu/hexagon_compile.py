@@ -28,9 +28,7 @@ def run(job: Job) -> Result:
         graphs = list(members)
         for graph, session in _sessions(graphs, chip, job.share, folder):
             operations += [
-                Operation(
-                    graph=graph.name, name=node.name, op=node.op, on=node.provider == qnn.PROVIDER
-                )
+                Operation(graph=graph.name, name=node.name, op=node.op, on=node.provider == qnn.PROVIDER)
                 for node in qnn.nodes(session)
             ]
         stem = "" if len(job.graphs) == len(graphs) else f"-{group}"
@@ -55,16 +53,15 @@ def _sessions(
         place: Literal["", "first", "last"] = ""
         if share and len(graphs) > 1:
             place = "last" if i == len(graphs) - 1 else "first"
-        session = qnn.open_session(
-            Path(graph.path), chip, binary=folder / f"{graph.name}.onnx", share=place
-        )
+        session = qnn.open_session(Path(graph.path), chip, binary=folder / f"{graph.name}.onnx", share=place)
         opened.append(session)
         yield graph, session
 
 
 def _name(graphs: Sequence[Graph], folder: Path, stem: str) -> set[str]:
     """Give binaries short names, in the files that refer to them too; returns the versions of the SDK."""
-    versions, names = set(), {}
+    versions: set[str] = set()
+    names: dict[str, str] = {}
     for graph in graphs:
         path = folder / f"{graph.name}.onnx"
         if not path.is_file():

@@ -71,27 +71,33 @@ ENGINES = {
     "onnxruntime": _Entry(library="onnxruntime", extra="run"),
     "executorch": _Entry(library="executorch", extra="executorch", fragile=True),
     "coreml": _Entry(library="coremltools", extra="coreml"),
+    "qnn": _Entry(library="onnxruntime_qnn", extra="hexagon", fragile=True),
 }
+SIMULATORS = {"htp-simulator": "qnn"}  # simulated accelerators, and the engine that has each
 _HERE = ("", "xnnpack", "ane", "gpu")  # delegates that compute here, or are evaluated
 
 
-def choose_variant(bundle: Bundle, name: str | None = None) -> tuple[Variant, Choice]:
+def choose_variant(bundle: Bundle, name: str | None = None, on: str | None = None) -> tuple[Variant, Choice]:
     """The variant to run on this machine, and why: the one named, else the first that can run here.
 
-    Raises UsageError (no such variant), MissingExtra (its engine is not installed), BundleError (made for
-    chips that this machine does not have).
+    `on`: a simulator (SIMULATORS) to run it on instead of this machine. Raises UsageError (no such variant or
+    simulator), MissingExtra (its engine is not installed), BundleError (made for chips that this machine does not
+    have, or not for the simulator).
     """
+    if on is not None and on not in SIMULATORS:
+        raise UsageError(f"there is no simulator {on!r} to run on; there is {', '.join(SIMULATORS)}")
     if name is not None:
         named = named_variant(bundle, name)
-        if hindrance := _hindrance(named):
+        if hindrance := _hindrance(named, on):
             raise hindrance
         return named, Choice(topic="variant", value=named.name, reason="it was asked for by name")
     hindrances: list[tuple[str, BundleError | MissingExtra]] = []
     for variant in bundle.manifest.variants:
-        hindrance = _hindrance(variant)
+        hindrance = _hindrance(variant, on)
         if hindrance is None:
             passed = "".join(f"; passed over {skipped}: {why}" for skipped, why in hindrances)
-            reason = f"the first that runs here ({variant.engine} on the CPU){passed}"
+            where = f"in the {on}" if on else f"here ({variant.engine} on the CPU)"
+            reason = f"the first that runs {where}{passed}"
             return variant, Choice(topic="variant", value=variant.name, reason=reason)
         hindrances.append((variant.name, hindrance))
     # What the user can mend comes first: an extra to install, before chips that are not there.
@@ -112,12 +118,21 @@ def runs_here(variant: Variant) -> bool:
     return variant.engine in ENGINES and not variant.chips and variant.delegate in _HERE
 
 
-def _hindrance(variant: Variant) -> BundleError | MissingExtra | None:
-    """Why the variant cannot run on this machine, or None if it can."""
-    if variant.chips:
+def simulator(variant: Variant) -> str | None:
+    """What can stand in for the chips that the variant was made for, if anything can."""
+    return next((name for name, engine in SIMULATORS.items() if engine == variant.engine), None)
+
+
+def _hindrance(variant: Variant, on: str | None = None) -> BundleError | MissingExtra | None:
+    """Why the variant cannot run on this machine, or in the simulator, or None if it can."""
+    if on is not None and simulator(variant) != on:
+        return BundleError(f"variant {variant.name} is not for the chips that the {on} simulates")
+    if variant.chips and on is None:
+        other = simulator(variant)
+        advice = f"in the simulator (--on {other}), " if other else ""
         return BundleError(
             f"variant {variant.name} is for {', '.join(variant.chips)}, which this machine does not have; "
-            "run it on such a phone, or export one for the CPU"
+            f"run it on such a phone, {advice}or export one for the CPU"
         )
     entry = ENGINES.get(variant.engine)
     if entry is None:
@@ -125,7 +140,7 @@ def _hindrance(variant: Variant) -> BundleError | MissingExtra | None:
             f"variant {variant.name} needs the engine {variant.engine}, which this machine does not have; "
             f"the engines here are {', '.join(ENGINES)}"
         )
-    if variant.delegate not in _HERE:
+    if on is None and variant.delegate not in _HERE:
         return BundleError(
             f"variant {variant.name} computes through {variant.delegate}, which this machine's {variant.engine} does "
             "not have; run it on a phone, or take a variant for the CPU"
@@ -156,15 +171,16 @@ def open_engine(
     context: int | None = None,
     threads: int | None = None,
     exact: bool = False,
+    on: str | None = None,
 ) -> Engine:
     """Load the variant named, or the first that this machine can run; `engine.choice` says why that one.
 
-    `context`: tokens to hold in the KV cache (default: all that the variant can). `threads`: default one for
-    each fast physical core. `exact`: do not round activations where the variant does, on the same weights:
-    slower, and tells what is rounding from what is a mistake. Raises UsageError, MissingExtra, BundleError or
-    EngineError.
+    `on`: a simulator to run it in. `context`: tokens to hold in the KV cache (default: all that the variant can).
+    `threads`: default one for each fast physical core. `exact`: do not round activations where the variant does, on
+    the same weights: slower, and tells what is rounding from what is a mistake. Raises UsageError, MissingExtra,
+    BundleError or EngineError.
     """
-    chosen, choice = choose_variant(bundle, variant)
+    chosen, choice = choose_variant(bundle, variant, on)
     context, threads = settle(chosen, context, threads)
     module = importlib.import_module(f"runtimes.engines.{chosen.engine}")
     engine: Engine = module.load(bundle, chosen, choice, context=context, threads=threads, exact=exact)

@@ -138,7 +138,7 @@ class _Part:
 
 def zeros(spec: TensorSpec) -> NDArray[Any]:
     """What stands for zero, in the shape of an input."""
-    return np.full(spec.shape, spec.zero_point or 0, spec.dtype)
+    return np.full([int(size) for size in spec.shape], spec.zero_point or 0, spec.dtype)
 
 
 def real(values: NDArray[Any], spec: TensorSpec) -> NDArray[np.float32]:
