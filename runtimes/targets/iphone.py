@@ -39,9 +39,11 @@ _TEAM_ID = re.compile(r"[A-Z0-9]{10}")
 _EXPERIMENTAL = "coremltools.models.ml_program.experimental"
 _IOS = 18  # the first whose Core ML has states
 _UNLOCK = "keep the iPhone connected and unlocked, and try again"
+_WAIT = f"{_UNLOCK}; coremltools asks 20 times for an answer, so what Core ML compiles for longer cannot be measured so"
 _NOTES = (
     "speeds are of single runs of prefill and of decode, timed on the phone around Core ML's own call; each function "
     "has a KV cache of its own in coremltools' app, so no text was generated",
+    "the load time is the phone's, of both functions; the packages were compiled on the Mac",
     "TTFT and memory are not told by coremltools' remote device API: measure them in an app",
 )
 
@@ -144,6 +146,14 @@ class _Session:
 
     async def measure(self, phone: Any, chain: Sequence[tuple[Path, Any]], vocab: int) -> dict[str, _Runs]:
         """Build and start coremltools' app on the phone, and measure both functions of each package there."""
+        try:
+            return await self._measure(phone, chain, vocab)
+        except TargetError as error:
+            said = str(error)
+        # Raised anew: the other's traceback holds coremltools' models, and those must go while this loop still runs.
+        raise TargetError(said)
+
+    async def _measure(self, phone: Any, chain: Sequence[tuple[Path, Any]], vocab: int) -> dict[str, _Runs]:
         credentials = self._remote.AppSigningCredentials(
             development_team=self._team, bundle_identifier=_bundle_identifier(self._team)
         )
@@ -169,7 +179,7 @@ class _Session:
     ) -> None:
         """Measure a function of one package, and add that to what the packages before it took."""
         of = f"{name} of {path.name} on {phone.name}"
-        with self._step(f"loading {of}", _UNLOCK):
+        with self._step(f"loading {of}", _WAIT):
             model = self._tools.models.MLModel(
                 str(path), skip_model_load=True, compute_units=self._units, function_name=name
             )
