@@ -1,10 +1,11 @@
 """Measure a Core ML variant on a connected iPhone, through coremltools' remote device API (experimental, version 9.0).
 
 coremltools builds an app that runs models (Xcode, signed for your team), installs and starts it, sends each function of
-each package there and asks it to predict; times are taken on the phone, around Core ML's own call. That app gives each
-function that it loads a KV cache of its own, which cannot be read, reset or shared from here: enough to time a run of
-prefill and a run of decode, since their shapes are fixed and their time does not depend on what the cache holds; not
-enough to generate text, nor for the time to the first token. The app does not tell its memory.
+each package there and asks it to predict; times are taken on the phone, around Core ML's own call. That app makes a
+state, the KV cache, for each function that it loads (modelrunner/ModelRunner/ModelService.swift in coremltools' wheel
+for macOS), and from here it cannot be read, reset or shared: enough to time a run of prefill and a run of decode, since
+their shapes are fixed and their time does not depend on what the cache holds; not enough to generate text, nor for the
+time to the first token. The app does not tell its memory.
 
 Tried with stand-ins for coremltools, devicectl and xcodebuild alone: it has never run on an iPhone.
 """
@@ -239,7 +240,8 @@ def _names(phone: Any) -> set[str]:
 
 def _usable(phone: Any) -> Any:
     """The phone, unless it is too old or closed to developers."""
-    if int(phone.os_version.partition(".")[0] or _IOS) < _IOS:
+    version = phone.os_version.partition(".")[0]
+    if version.isdigit() and int(version) < _IOS:
         raise TargetError(
             f"{phone.name} has iOS {phone.os_version}, and Core ML keeps a KV cache from iOS {_IOS} on: update it"
         )
@@ -275,7 +277,7 @@ def _place(phone: Any, units: str, runs: dict[str, _Runs]) -> Place:
         engine=f"Core ML, coremltools {importlib.metadata.version('coremltools')}",
         backend=Backend(
             requested=apple.COMPUTE_UNITS[units][1],
-            effective={name: dict(each.processors) for name, each in runs.items()},
+            effective={name: dict(each.processors) for name, each in runs.items() if each.processors},
         ),
     )
 

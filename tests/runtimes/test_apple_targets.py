@@ -35,6 +35,7 @@ from runtimes.mil.evaluator import Evaluator
 from runtimes.mil.package import Name, open_package
 from runtimes.quiet import quiet
 from runtimes.targets import iphone, mac
+from runtimes.workload import Case
 
 EXPERIMENTAL = "coremltools.models.ml_program.experimental"
 remote = importlib.import_module(f"{EXPERIMENTAL}.remote_device")
@@ -504,6 +505,30 @@ def test_a_mac_is_measured(gochu, pepper: Bundle, package: Path, this_mac: list[
     assert {"load_time", "ttft", "prefill_speed", "decode_speed"} <= {f.name for f in found.figures}
     assert StandIn.allowed == {"CPU_AND_GPU"} == set(this_mac)
     assert found.command.endswith("--workload smoke --on mac")
+
+
+def test_the_measuring_process_of_a_mac(pepper: Bundle) -> None:
+    """The process itself; off a Mac its engine is the evaluator."""
+    job = mac.Job(
+        bundle=str(pepper.path),
+        variant=pepper.manifest.variants[0].name,
+        case=Case(prompt_tokens=4, new_tokens=2),
+        context=128,
+        threads=1,
+        warmup=1,
+        repeats=1,
+        compute_units="ane",
+    )
+    samples = measuring.spawn("runtimes.targets.mac", job)
+    assert samples.engine == f"coremltools {ct.__version__}, evaluated in torch"
+    assert len(samples.decode) == 1
+
+
+def test_an_iphone_without_a_plan_is_measured_all_the_same(pepper: Bundle, phone: Phone) -> None:
+    phone.orders(plan=[])
+    (found,) = iphone.measure(pepper.path, "smoke")
+    assert found.where.backend.effective == {}
+    assert found.figure("decode_speed").value == 500
 
 
 def test_a_macs_processors_can_be_asked_for(pepper: Bundle, this_mac: list[str]) -> None:
