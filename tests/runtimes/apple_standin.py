@@ -67,8 +67,8 @@ def devicectl(arguments: list[str]) -> None:
 def attend() -> None:
     """Until it is told to end, or the shell that started it is: not every shell hands its place to its last command."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(log(stopped=True)))
-    parent = os.getppid()
-    while os.getppid() == parent:
+    parent, end = os.getppid(), time.monotonic() + 60
+    while os.getppid() == parent and time.monotonic() < end:
         time.sleep(0.05)
     log(stopped=True)
 
