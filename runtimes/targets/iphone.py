@@ -1,10 +1,11 @@
 """Measure a Core ML variant on a connected iPhone, through coremltools' remote device API (experimental, version 9.0).
 
 coremltools builds an app that runs models (Xcode, signed for your team), installs and starts it, sends each function of
-each package there and asks it to predict; times are taken on the phone, around Core ML's own call. That app gives each
-function that it loads a KV cache of its own, which cannot be read, reset or shared from here: enough to time a run of
-prefill and a run of decode, since their shapes are fixed and their time does not depend on what the cache holds; not
-enough to generate text, nor for the time to the first token. The app does not tell its memory.
+each package there and asks it to predict; times are taken on the phone, around Core ML's own call. That app makes a
+state, the KV cache, for each function that it loads (modelrunner/ModelRunner/ModelService.swift in coremltools' wheel
+for macOS), and from here it cannot be read, reset or shared: enough to time a run of prefill and a run of decode, since
+their shapes are fixed and their time does not depend on what the cache holds; not enough to generate text, nor for the
+time to the first token. The app does not tell its memory.
 
 Tried with stand-ins for coremltools, devicectl and xcodebuild alone: it has never run on an iPhone.
 """
@@ -39,9 +40,11 @@ _TEAM_ID = re.compile(r"[A-Z0-9]{10}")
 _EXPERIMENTAL = "coremltools.models.ml_program.experimental"
 _IOS = 18  # the first whose Core ML has states
 _UNLOCK = "keep the iPhone connected and unlocked, and try again"
+_WAIT = f"{_UNLOCK}; coremltools asks 20 times for an answer, so what Core ML compiles for longer cannot be measured so"
 _NOTES = (
     "speeds are of single runs of prefill and of decode, timed on the phone around Core ML's own call; each function "
     "has a KV cache of its own in coremltools' app, so no text was generated",
+    "the load time is the phone's, of both functions; the packages were compiled on the Mac",
     "TTFT and memory are not told by coremltools' remote device API: measure them in an app",
 )
 
@@ -144,6 +147,14 @@ class _Session:
 
     async def measure(self, phone: Any, chain: Sequence[tuple[Path, Any]], vocab: int) -> dict[str, _Runs]:
         """Build and start coremltools' app on the phone, and measure both functions of each package there."""
+        try:
+            return await self._measure(phone, chain, vocab)
+        except TargetError as error:
+            said = str(error)
+        # Raised anew: the other's traceback holds coremltools' models, and those must go while this loop still runs.
+        raise TargetError(said)
+
+    async def _measure(self, phone: Any, chain: Sequence[tuple[Path, Any]], vocab: int) -> dict[str, _Runs]:
         credentials = self._remote.AppSigningCredentials(
             development_team=self._team, bundle_identifier=_bundle_identifier(self._team)
         )
@@ -169,7 +180,7 @@ class _Session:
     ) -> None:
         """Measure a function of one package, and add that to what the packages before it took."""
         of = f"{name} of {path.name} on {phone.name}"
-        with self._step(f"loading {of}", _UNLOCK):
+        with self._step(f"loading {of}", _WAIT):
             model = self._tools.models.MLModel(
                 str(path), skip_model_load=True, compute_units=self._units, function_name=name
             )
@@ -229,7 +240,8 @@ def _names(phone: Any) -> set[str]:
 
 def _usable(phone: Any) -> Any:
     """The phone, unless it is too old or closed to developers."""
-    if int(phone.os_version.partition(".")[0] or _IOS) < _IOS:
+    version = phone.os_version.partition(".")[0]
+    if version.isdigit() and int(version) < _IOS:
         raise TargetError(
             f"{phone.name} has iOS {phone.os_version}, and Core ML keeps a KV cache from iOS {_IOS} on: update it"
         )
@@ -265,7 +277,7 @@ def _place(phone: Any, units: str, runs: dict[str, _Runs]) -> Place:
         engine=f"Core ML, coremltools {importlib.metadata.version('coremltools')}",
         backend=Backend(
             requested=apple.COMPUTE_UNITS[units][1],
-            effective={name: dict(each.processors) for name, each in runs.items()},
+            effective={name: dict(each.processors) for name, each in runs.items() if each.processors},
         ),
     )
 
