@@ -6,7 +6,7 @@ point to the same bytes.
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +38,7 @@ class DataFile:
         self._file, self._location = file, location
         self.tensors: dict[str, Any] = {}
         self.layout: dict[str, dict[str, Any]] = {}
+        self._aliases: dict[str, str] = {}
 
     @classmethod
     def of(cls, graph: Path) -> "DataFile":
@@ -78,7 +79,12 @@ class DataFile:
         tensor.name = name
         tensor.dims[:] = dims
         self.tensors[name] = tensor
+        self._aliases[name] = stored
         return name
+
+    def behind(self, names: Iterable[str]) -> set[str]:
+        """Names, and those of the tensors that they are other shapes of."""
+        return {other for name in names for other in (name, self._aliases.get(name, name))}
 
 
 class _Full(io.BytesIO):
@@ -137,7 +143,7 @@ class GraphBuilder:
     ) -> Any:
         """The finished ModelProto. It names the tensors that its nodes use, or the `whole` file's."""
         tensors = self.data.tensors
-        used = tensors.keys() if whole else {value for node in self.nodes for value in node.input}
+        used = tensors.keys() if whole else self.data.behind(v for node in self.nodes for v in node.input)
         layout = {weight: place for weight, place in self.data.layout.items() if place["initializer"] in used}
         graph = helper.make_graph(
             self.nodes,
