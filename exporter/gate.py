@@ -50,7 +50,10 @@ class Bounds:
     tie: float
 
 
-SIMULATED = 100_000_000  # parameters; a larger model is run for a few tokens in a simulator
+SIMULATED = (
+    100_000_000  # parameters; a larger model is run for two tokens in a simulator, others for so many:
+)
+SIMULATED_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ def _residency(variant: Variant) -> Check:
     assert found is not None
     counts = dict(zip(found.elsewhere, found.elsewhere_ops, strict=True))
     heavy = counts if variant.compiled else heavy_elsewhere(found)
+    why = "; ".join(dict.fromkeys(reason for reason in found.reasons if reason))
     outside = f"; outside are {', '.join(found.elsewhere)}" if found.elsewhere else ""
     macs, held = (
         _share(part, whole)
@@ -147,7 +151,7 @@ def _residency(variant: Variant) -> Check:
     )
     if heavy and not variant.allows_cpu_ops:
         where = "the CPU (accept that with --allow-cpu-ops)" if variant.compiled else "portable kernels"
-        detail = f"{found.accelerator} leaves {', '.join(heavy)} to {where}"
+        detail = f"{found.accelerator} leaves {', '.join(heavy)} to {where}{f': {why}' if why else ''}"
     return Check(name="residency", passed=not heavy or variant.allows_cpu_ops, detail=detail)
 
 
@@ -260,7 +264,7 @@ def _tokens(
     """
     import numpy as np
 
-    effort = _effort(variant, arch)
+    effort = _effort(bundle, variant, arch)
     prompts = list(_prompts(tokenizer, arch, variant.context - effort.tokens))[-effort.prompts :]
     sequences, logits = _generate(bundle, variant, prompts, effort.tokens)
     rounded, exact = _reference(arch, weights, variant, sequences, [len(prompt) for prompt in prompts])
@@ -316,14 +320,15 @@ def _logits_check(name: str, error: "np.ndarray", bounds: Bounds, how: str) -> C
     )
 
 
-def _effort(variant: Variant, arch: Architecture) -> Effort:
-    """As much as the gate always does; less in a simulator, where a token takes seconds."""
+def _effort(bundle: Bundle, variant: Variant, arch: Architecture) -> Effort:
+    """As much as the gate always does; less in a simulator, where a token takes up to minutes, and least of all for
+    the second chip and further ones, which run the same graphs."""
     if variant.compiled is None:
         return Effort(prompts=len(_PROMPTS) + 1, tokens=NEW_TOKENS)
-    small = arch.parameters < SIMULATED
-    return Effort(
-        prompts=len(_PROMPTS) + 1 if small else 1, tokens=max(2, min(16, SIMULATED * 2 // arch.parameters))
-    )
+    first = next(other for other in bundle.manifest.variants if other.compiled)
+    if arch.parameters > SIMULATED or variant != first:
+        return Effort(prompts=1, tokens=2)
+    return Effort(prompts=len(_PROMPTS) + 1, tokens=SIMULATED_TOKENS)
 
 
 def _prompts(tokenizer: Tokenizer, arch: Architecture, room: int) -> Iterable[list[int]]:

@@ -263,11 +263,11 @@ def _for_hexagon(
         compiled = [
             entry
             if entry.name == "embed"
-            else entry.model_copy(update={"file": hexagon.compiled_name(chip, f"{entry.name}.onnx")})
+            else entry.model_copy(update={"file": hexagon.compiled_name(chip.id, entry.name)})
             for entry in entries
         ]
         embed = next(entry for entry in entries if entry.name == "embed")
-        files = {embed.file, DATA, *(hexagon.compiled_name(chip, name) for name in result.files)}
+        files = {embed.file, DATA, *result.files}
         variant = Variant(
             name=f"{plan.format}-{HEXAGON}-{plan.scheme}-{chip.id}",
             format=plan.format,

@@ -130,7 +130,8 @@ class KVCache(Strict):
 class Residency(Strict):
     """Which share of the model ran on `accelerator`; `elsewhere` lists the op types that did not.
 
-    `elsewhere_ops`: how many of each. `macs`: multiply-adds for one token; `weight_bytes`: weights as stored.
+    `elsewhere_ops`: how many of each; `reasons`: why not, in the words of the accelerator's compiler. `macs`:
+    multiply-adds for one token; `weight_bytes`: weights as stored.
     """
 
     accelerator: str
@@ -138,6 +139,7 @@ class Residency(Strict):
     ops_on: int
     elsewhere: tuple[str, ...] = ()
     elsewhere_ops: tuple[int, ...] = ()
+    reasons: tuple[str, ...] = ()
     macs: int = 0
     macs_on: int = 0
     weight_bytes: int = 0

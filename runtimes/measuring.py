@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -138,10 +138,11 @@ def _once(engine: Engine, ids: list[int], new_tokens: int) -> tuple[float, float
     return prefilled - start, first - start, perf_counter() - first
 
 
-def run_apart(module: str, job: Strict) -> str:
+def run_apart(module: str, job: Strict, env: Mapping[str, str] | None = None) -> str:
     """What `python -m module` prints in a process of its own, with the job as JSON on its standard input.
 
-    Raises MissingExtra or EngineError with the process's own sentence if it fails.
+    `env` is added to this process's environment. Raises MissingExtra or EngineError with the process's own sentence
+    if it fails.
     """
     root = str(Path(__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -150,7 +151,12 @@ def run_apart(module: str, job: Strict) -> str:
         input=job.model_dump_json(),
         capture_output=True,
         encoding="utf-8",
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONIOENCODING": "utf-8",
+            **(env or {}),
+        },
         check=False,
     )
     if done.returncode == 0:
@@ -161,8 +167,8 @@ def run_apart(module: str, job: Strict) -> str:
     if done.returncode > 1:  # another of Gochu's own errors, and its sentence
         raise EngineError(said)
     raise EngineError(
-        f"the measuring process ended with code {done.returncode} and said: {said}; "
-        "was there enough memory? try a shorter context"
+        f"the process {module} ended with code {done.returncode} and said: {said}; was there enough memory? try a "
+        "shorter context"
     )
 
 

@@ -7,6 +7,7 @@ Options: https://onnxruntime.ai/docs/execution-providers/QNN-ExecutionProvider.h
 
 import json
 import platform
+import re
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +24,11 @@ LIBRARY = "onnxruntime_qnn"
 PROVIDER = "QNNExecutionProvider"
 # The provider leaves these to the CPU unless told otherwise.
 _AFFINITY = {"op_type": {"GroupQueryAttention": "htp"}}
-_FATAL = 4  # log severity: what goes wrong comes as an exception
+_VERBOSE, _FATAL = 0, 4  # log severities; what goes wrong comes as an exception
+_REFUSAL = re.compile(
+    r"Validation FAILED [^\n]*\n\s*Operator type: (?P<op>\S+) Node name: (?P<name>\S+)[^\n]*\n"
+    r"(?:\s*Operator type: [^\n]*\n)*\s*REASON : (?P<reason>[^\n]*)"
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,15 @@ def version() -> str:
     return f"onnxruntime-qnn {metadata.version('onnxruntime-qnn')}"
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """An operation that the NPU does not take, and QNN's reason."""
+
+    name: str
+    op: str
+    reason: str
+
+
 def open_session(
     graph: Path,
     chip: Chip,
@@ -68,9 +82,35 @@ def open_session(
     must be opened after each other in one process. `cpu_ops`: leave to the CPU what the NPU refuses, else it is an
     error. EngineError with QNN's own words if it fails.
     """
+    session, _, reason = _try(graph, chip, binary, share, cpu_ops, _FATAL)
+    if session is None:
+        raise EngineError(
+            f"QNN could not take {graph.name} for chip {chip.soc_model} ({chip.arch}): {reason}"
+        )
+    return session
+
+
+def refusals(graph: Path, chip: Chip) -> list[Refusal]:
+    """What of a graph the NPU does not take, as QNN's log tells; the graph is compiled once more for that."""
+    _, said, _ = _try(graph, chip, None, "", True, _VERBOSE)
+    return [
+        Refusal(*(part.strip() for part in match.group("name", "op", "reason")))
+        for match in _REFUSAL.finditer("\n".join(said))
+    ]
+
+
+def _try(
+    graph: Path,
+    chip: Chip,
+    binary: Path | None,
+    share: Literal["", "first", "last"],
+    cpu_ops: bool,
+    severity: int,
+) -> tuple[Any, list[str], str]:
+    """A session or None, the lines that were logged, and why there is none."""
     ort, devices = _register()
     options = ort.SessionOptions()
-    options.log_severity_level = _FATAL
+    options.log_severity_level = severity
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if not cpu_ops:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -94,13 +134,23 @@ def open_session(
         }
         options.add_provider_for_devices(devices, provider)
         try:
-            return ort.InferenceSession(str(graph), options)
+            session, reason = ort.InferenceSession(str(graph), options), ""
         except Exception as error:  # its own kinds have no common base
-            reason = " ".join(str(error).split())[:600]
-    hint = f" ({said[-1].strip()})" if said else ""
-    raise EngineError(
-        f"QNN could not take {graph.name} for chip {chip.soc_model} ({chip.arch}): {reason}{hint}"
-    )
+            session, reason = None, " ".join(str(error).split())[:600]
+    return session, said, reason
+
+
+def open_on_cpu(graph: Path) -> Any:
+    """An onnxruntime session of a graph that the NPU has no part in."""
+    ort = require("onnxruntime", EXTRA)
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL
+    try:
+        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above
+        raise EngineError(
+            f"{graph} cannot be loaded ({' '.join(str(error).split())[:300]}); export the bundle again"
+        ) from None
 
 
 def nodes(session: Any) -> list[Node]:

@@ -28,6 +28,7 @@ _SHOWN = (
     "onnx",
     "onnxruntime",
     "onnxruntime-genai",
+    "onnxruntime-qnn",
     "executorch",
     "coremltools",
     "transformers",

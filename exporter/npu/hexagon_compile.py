@@ -9,32 +9,53 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import onnx
 
-from exporter.npu.hexagon import Graph, Job, Operation, Result
+from exporter.npu.hexagon import Graph, Job, Operation, Result, compiled_name
 from runtimes import measuring, memory, qnn
 from runtimes.errors import EngineError
 
 
 def run(job: Job) -> Result:
     """Compile all graphs; those of a group one after the other in sessions that share their weights."""
+    chip = qnn.Chip(job.soc_model, job.arch)
+    try:
+        result = _compile(job)
+    except EngineError as error:
+        refused = _reasons(job, chip)
+        if not refused:
+            raise
+        return Result(files=(), reasons=refused, error=str(error))
+    if all(operation.on for operation in result.operations):
+        return result
+    return result.model_copy(update={"reasons": _reasons(job, chip)})
+
+
+def _reasons(job: Job, chip: qnn.Chip) -> dict[str, str]:
+    """Why operations of the graphs are not on the NPU, by type."""
+    found = [refusal for graph in job.graphs for refusal in qnn.refusals(Path(graph.path), chip)]
+    return {refusal.op: refusal.reason for refusal in found}
+
+
+def _compile(job: Job) -> Result:
     start = perf_counter()
     folder, chip = Path(job.folder), qnn.Chip(job.soc_model, job.arch)
     operations: list[Operation] = []
     versions: set[str] = set()
     for group, members in groupby(sorted(job.graphs, key=lambda graph: graph.group), lambda g: g.group):
         graphs = list(members)
-        for graph, session in _sessions(graphs, chip, job.share, folder):
+        for graph, session in _sessions(job, graphs, chip):
             operations += [
                 Operation(graph=graph.name, name=node.name, op=node.op, on=node.provider == qnn.PROVIDER)
                 for node in qnn.nodes(session)
             ]
         stem = "" if len(job.graphs) == len(graphs) else f"-{group}"
-        versions |= _name(graphs, folder, f"hexagon{stem}")
+        paths = [folder / compiled_name(job.chip, graph.name) for graph in graphs]
+        versions |= _name(paths, f"{job.chip}-hexagon{stem}")
     if not versions:
-        raise EngineError(f"the NPU takes no part of {', '.join(graph.name for graph in job.graphs)}")
+        _why(job, chip)
     return Result(
         files=tuple(sorted(path.name for path in folder.iterdir())),
         operations=tuple(operations),
@@ -44,38 +65,40 @@ def run(job: Job) -> Result:
     )
 
 
-def _sessions(
-    graphs: Sequence[Graph], chip: qnn.Chip, share: bool, folder: Path
-) -> Iterator[tuple[Graph, Any]]:
-    """Each graph with its session; all of them stay open until the last is made, for what they share."""
-    opened = []
+def _sessions(job: Job, graphs: Sequence[Graph], chip: qnn.Chip) -> Iterator[tuple[Graph, Any]]:
+    """Each graph with its session."""
     for i, graph in enumerate(graphs):
         place: Literal["", "first", "last"] = ""
-        if share and len(graphs) > 1:
+        if job.share and len(graphs) > 1:
             place = "last" if i == len(graphs) - 1 else "first"
-        session = qnn.open_session(Path(graph.path), chip, binary=folder / f"{graph.name}.onnx", share=place)
-        opened.append(session)
-        yield graph, session
+        binary = Path(job.folder) / compiled_name(job.chip, graph.name)
+        yield graph, qnn.open_session(Path(graph.path), chip, binary=binary, share=place)
 
 
-def _name(graphs: Sequence[Graph], folder: Path, stem: str) -> set[str]:
+def _why(job: Job, chip: qnn.Chip) -> NoReturn:
+    """EngineError with QNN's words: it left all of a graph to the CPU, and says why only if that is forbidden."""
+    for graph in job.graphs:
+        qnn.open_session(Path(graph.path), chip, cpu_ops=False)
+    raise EngineError(f"QNN made nothing of {', '.join(graph.name for graph in job.graphs)} for {job.chip}")
+
+
+def _name(paths: Sequence[Path], stem: str) -> set[str]:
     """Give binaries short names, in the files that refer to them too; returns the versions of the SDK."""
     versions: set[str] = set()
     names: dict[str, str] = {}
-    for graph in graphs:
-        path = folder / f"{graph.name}.onnx"
+    for path in paths:
         if not path.is_file():
             continue  # nothing of it is on the NPU
         model = onnx.load(path, load_external_data=False)
         for node in model.graph.node:
-            if node.op_type != "EPContext":
-                continue
             found = {attribute.name: attribute for attribute in node.attribute}
+            if "ep_cache_context" not in found:  # not QNN's, or a further part of a context
+                continue
             versions.add(found["ep_sdk_version"].s.decode().removeprefix("v"))
             binary = found["ep_cache_context"].s.decode()
             if binary not in names:
                 names[binary] = f"{stem}.bin" if not names else f"{stem}-{len(names)}.bin"
-                (folder / binary).rename(folder / names[binary])
+                path.with_name(binary).rename(path.with_name(names[binary]))
             found["ep_cache_context"].s = names[binary].encode()
         path.write_bytes(model.SerializeToString())
     return versions

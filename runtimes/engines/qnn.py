@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from runtimes import qnn
 from runtimes.bundle import Bundle, Choice, EntryPoint, TensorSpec, Variant
 from runtimes.errors import BundleError, EngineError
-from runtimes.extras import require
 from runtimes.session import Session
 
 
@@ -44,11 +43,7 @@ class QnnEngine(Session):
         place = "simulated" if qnn.simulated() else "NPU"
         self._version = f"{qnn.version()}, {', '.join(variant.chips)} ({compiled.arch}, {place})"
         self._room = variant.context
-        ort = require("onnxruntime", qnn.EXTRA)
-        embed = _only(entries, "embed")
-        self._embed: Any = ort.InferenceSession(
-            str(bundle.file(embed.file)), providers=["CPUExecutionProvider"]
-        )
+        self._embed: Any = qnn.open_on_cpu(bundle.file(_only(entries, "embed").file))
         self._prefill, self._decode = (
             [_Part(bundle, entry, chip) for entry in entries if entry.name.partition(".")[0] == name]
             for name in ("prefill", "decode")
