@@ -33,6 +33,32 @@ _QWEN: dict[str, Any] = {
     "vocab_size": 151936,
 }
 
+_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+
 # config.json as published (https://huggingface.co/<owner>/<name>/blob/main/config.json)
 CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen2.5-0.5B": _QWEN
@@ -51,36 +77,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 28,
         "num_key_value_heads": 2,
     },
-    "Llama-3.2-1B": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 128000,
-        "eos_token_id": [128001, 128008, 128009],
+    "Llama-3.2-1B": _LLAMA
+    | {
         "head_dim": 64,
-        "hidden_act": "silu",
         "hidden_size": 2048,
-        "initializer_range": 0.02,
         "intermediate_size": 8192,
-        "max_position_embeddings": 131072,
-        "mlp_bias": False,
         "num_attention_heads": 32,
         "num_hidden_layers": 16,
         "num_key_value_heads": 8,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-5,
-        "rope_scaling": {
-            "factor": 32.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
-        "use_cache": True,
-        "vocab_size": 128256,
+    },
+    "Llama-3.2-3B": _LLAMA
+    | {
+        "head_dim": 128,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
     },
     "Phi-3-mini-4k": {
         "architectures": ["Phi3ForCausalLM"],

@@ -113,21 +113,32 @@ class _Part:
         self.past = [spec for spec in entry.inputs if spec.name.startswith("past_key_values")]
         self.places = [spec for spec in entry.inputs if spec not in self.past and spec.name != "hidden"]
         self.length = int(self.inputs["hidden"].shape[1])
-        self._file = entry.file
-        self._session: Any = qnn.open_session(bundle.file(entry.file), chip)
-        found = {node.name for node in (*self._session.get_inputs(), *self._session.get_outputs())}
+        self._path, self._chip = bundle.file(entry.file), chip
+        self._opened: Any = None
+
+    @property
+    def _session(self) -> Any:
+        """Opened when it is first needed: to simulate a graph is to compile it."""
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def _open(self) -> Any:
+        session = qnn.open_session(self._path, self._chip)
+        found = {node.name for node in (*session.get_inputs(), *session.get_outputs())}
         if strange := sorted(found ^ {*self.inputs, *self.outputs}):
             raise EngineError(
-                f"the graph {entry.file} is not the one in its manifest ({strange[0]} is in one of them alone); "
+                f"the graph {self._path.name} is not the one in its manifest ({strange[0]} is in one of them alone); "
                 "export the bundle again"
             )
+        return session
 
     def run(self, given: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         try:
             return dict(zip(self.outputs, self._session.run(list(self.outputs), given), strict=True))
         except Exception as error:
             raise EngineError(
-                f"QNN failed in {self._file} ({' '.join(str(error).split())[:300]}); export the bundle again"
+                f"QNN failed in {self._path.name} ({' '.join(str(error).split())[:300]}); export the bundle again"
             ) from None
 
 
