@@ -5,7 +5,7 @@ point to the same bytes.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -107,6 +107,15 @@ class GraphBuilder:
         for node in self.nodes:
             for names in (node.input, node.output):
                 names[:] = [new if name == old else name for name in names]
+
+    def prune(self, outputs: Iterable[str]) -> None:
+        """Drop the nodes that none of these outputs needs."""
+        needed, kept = set(outputs), []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                kept.append(node)
+        self.nodes = kept[::-1]
 
     def model(
         self,
