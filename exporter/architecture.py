@@ -40,6 +40,11 @@ class Rope:
         scale = np.float32(self.scale)
         return np.cos(angles) * scale, np.sin(angles) * scale
 
+    def whole_tables(self, context: int) -> dict[str, NDArray[np.float32]]:
+        """Tables for both halves of a head at once, [context, dim]: "cos" (cos, cos) and "sin" (-sin, sin)."""
+        cos, sin = self.tables(context)
+        return {"cos": np.concatenate((cos, cos), -1), "sin": np.concatenate((-sin, sin), -1)}
+
 
 @dataclass(frozen=True)
 class Architecture:

@@ -1,6 +1,6 @@
 """The decoder on tensors: the reference that every format is held against."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -50,10 +50,7 @@ class TorchOps:
         self._cache.pop(layer, None)
 
     def embed(self, tokens: Tensor, weight: str) -> Tensor:
-        table = self.weights.matrix(weight)
-        ids, places = np.unique(tokens.numpy(), return_inverse=True)
-        rows = np.stack([table.dequantize(i, i + 1)[0] for i in ids])
-        return torch.from_numpy(rows)[torch.from_numpy(places).reshape(tokens.shape)]
+        return look_up(tokens, self.weights.matrix(weight))
 
     def scale(self, x: Tensor, factor: float) -> Tensor:
         return x * factor
@@ -70,9 +67,7 @@ class TorchOps:
         if self.rounded != 0 and matrix.scheme.activations == "int8":
             part = self._round(x[: self.rounded], matrix.scheme.group)
             x = torch.cat((part, x[self.rounded :])) if self.rounded is not None else part
-        step = max(1, _WEIGHTS_AT_ONCE // matrix.shape[1])
-        parts = [functional.linear(x, _rows(matrix, i, i + step)) for i in range(0, matrix.shape[0], step)]
-        y = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        y = product(x, matrix)
         if self.arch.has_bias(weight):
             y = y + torch.tensor(self.weights.vector(weight + ".bias"))
         return y
@@ -120,6 +115,26 @@ class TorchOps:
         return torch.cat((rotated, x[..., dim:]), -1) if dim < x.shape[-1] else rotated
 
 
+def look_up(tokens: Tensor, table: QuantizedTensor) -> Tensor:
+    """Rows of a table; only those asked for are dequantized."""
+    ids, places = np.unique(tokens.numpy(), return_inverse=True)
+    rows = np.stack([table.dequantize(i, i + 1)[0] for i in ids])
+    return torch.from_numpy(rows)[torch.from_numpy(places).reshape(tokens.shape)]
+
+
+def product(x: Tensor, matrix: QuantizedTensor) -> Tensor:
+    """x @ Wᵀ, W dequantized some rows at a time."""
+    parts = [functional.linear(x, rows) for rows in pieces(matrix)]
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def pieces(matrix: QuantizedTensor) -> Iterator[Tensor]:
+    """A matrix in row blocks, dequantized."""
+    step = max(1, _WEIGHTS_AT_ONCE // matrix.shape[1])
+    for start in range(0, matrix.shape[0], step):
+        yield torch.from_numpy(matrix.dequantize(start, start + step))
+
+
 def round_by_group(x: Tensor, group: int | None) -> Tensor:
     """Round to int8 and back, one scale per group of the last dimension: absmax / 127, ties to even.
 
@@ -158,7 +173,3 @@ ROUNDINGS = {
     "coreml": unrounded,
     "qnn": unrounded,
 }
-
-
-def _rows(matrix: QuantizedTensor, start: int, stop: int) -> Tensor:
-    return torch.from_numpy(matrix.dequantize(start, stop))

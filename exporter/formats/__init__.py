@@ -23,7 +23,7 @@ class Format:
 
 
 def _onnx(scheme: Scheme) -> tuple[Scheme, str]:
-    """Floats, and integers with any scales."""
+    """Floats, and integers with any scales; where ranges are static, the CPU multiplies floats by the same integers."""
     _refuse_tables(scheme, "ONNX Runtime")
     return scheme, ""
 
@@ -34,6 +34,7 @@ def _xnnpack(scheme: Scheme) -> tuple[Scheme, str]:
     Source: pytorch/executorch, backends/xnnpack/operators/node_visitor.py (get_per_channel_dtype).
     """
     _refuse_tables(scheme, "ExecuTorch")
+    _refuse_static(scheme, "XNNPACK")
     channel = Scheme(8, None, "int8")
     if scheme.bits == 16:
         raise RecipeError(
@@ -49,6 +50,7 @@ def _xnnpack(scheme: Scheme) -> tuple[Scheme, str]:
 def _vulkan(scheme: Scheme) -> tuple[Scheme, str]:
     """4 bits, floats; 8 bits only with activations of calibrated ranges (backends/vulkan/patterns)."""
     _refuse_tables(scheme, "ExecuTorch")
+    _refuse_static(scheme, "ExecuTorch's Vulkan delegate")
     if scheme.bits == 8:
         raise RecipeError(
             "executorch's Vulkan delegate keeps no 8-bit weights without calibrated activations: use int4 or fp16"
@@ -59,6 +61,7 @@ def _vulkan(scheme: Scheme) -> tuple[Scheme, str]:
 def _weights_only(scheme: Scheme) -> tuple[Scheme, str]:
     """Floats and integers; activations are not rounded."""
     _refuse_tables(scheme, "ExecuTorch")
+    _refuse_static(scheme, "ExecuTorch")
     return replace(scheme, activations="float32"), ""
 
 
@@ -91,10 +94,19 @@ def _refuse_tables(scheme: Scheme, engine: str) -> None:
         )
 
 
+def _refuse_static(scheme: Scheme, engine: str) -> None:
+    if scheme.is_static:
+        raise RecipeError(
+            f"{scheme.name} is for graphs whose values are 16-bit integers, and {engine} takes no such graph: use "
+            f"int{scheme.bits}"
+        )
+
+
 def _core_ml_gpu(scheme: Scheme) -> tuple[Scheme, str]:
     """Floats in 16 bits, integers in groups or per channel, tables: constexpr_* in iOS 18's operators."""
     if scheme.bits == 32:
         raise RecipeError("Core ML computes in float16: use fp16, or integers")
+    _refuse_static(scheme, "Core ML")
     return replace(scheme, activations="float32"), ""
 
 
@@ -119,6 +131,7 @@ def _core_ai(scheme: Scheme) -> tuple[Scheme, str]:
         raise RecipeError(
             f"Core AI cannot hold {scheme.name} exactly ({why}): use fp16, int8, int4, or tables of 2, 4, 6 or 8 bits"
         )
+    _refuse_static(scheme, "Core AI")
     return replace(scheme, activations="float32"), ""
 
 

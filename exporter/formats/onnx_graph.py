@@ -132,6 +132,15 @@ class GraphBuilder:
             for names in (node.input, node.output):
                 names[:] = [new if name == old else name for name in names]
 
+    def prune(self, outputs: Iterable[str]) -> None:
+        """Drop the nodes that none of these outputs needs."""
+        needed, kept = set(outputs), []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                kept.append(node)
+        self.nodes = kept[::-1]
+
     def model(
         self,
         name: str,

@@ -94,12 +94,8 @@ class TorchGraph:
 def rotary_tables(arch: Architecture, context: int) -> dict[str, NDArray[np.float32]]:
     """`exynos_ops.Graph.table` for positions 0 .. context-1, by name."""
     cos, sin = arch.rope.tables(context)
-    return {
-        "cos": cos,
-        "sin": sin,
-        "cos.both": np.concatenate((cos, cos), -1),
-        "sin.both": np.concatenate((-sin, sin), -1),
-    }
+    both = {f"{name}.both": table for name, table in arch.rope.whole_tables(context).items()}
+    return {"cos": cos, "sin": sin, **both}
 
 
 def app_inputs(

@@ -24,6 +24,8 @@ from exporter.safetensors import to_float32
 Quantized = tuple[QuantizedTensor, float, float]  # with its relative squared error and largest error
 _BLOCK = 1 << 19  # weights at a time: smaller blocks wait for the interpreter, larger ones for memory
 _TRIALS = (1.05, 0.98, 0.92, 0.87, 0.82, 0.76, 0.70)  # starting scales, in absmax / largest integer
+_MORE_TRIALS = (0.64, 0.58, 0.52, 0.46, 0.40, 0.34)  # for large groups: the largest of many is far out
+_LARGE = 256
 
 
 def quantize_mse(matrix: Matrix, scheme: Scheme) -> Quantized:
@@ -140,7 +142,7 @@ def _search(w: NDArray[np.float32], absmax: NDArray[np.float32], low: int, high:
     """Scales [n] of least squared error for groups [group, n]; see the module's text."""
     best = round_scales(absmax / np.float32(high))
     explained = np.full_like(absmax, -1)
-    for trial in _TRIALS:
+    for trial in _TRIALS if len(w) <= _LARGE else (*_TRIALS, *_MORE_TRIALS):
         q = _rounded(w, np.maximum(absmax * np.float32(trial / high), 1e-30), low, high, _scratch(1, w.shape))
         qw = np.einsum("ij,ij->j", q, w)
         qq = np.einsum("ij,ij->j", q, q)

@@ -7,8 +7,10 @@ from typing import Literal
 from exporter.errors import RecipeError
 
 _INTEGERS = re.compile(r"int([48])(?:-g(\d+)|-(channel))?")
+_STATIC = re.compile(r"w([48])a16(?:-g(\d+))?")
 _TABLE = re.compile(r"pal(\d)(?:-g(\d+))?")
 GROUPS = (16, 32, 64, 128, 256)
+STATIC_GROUPS = (32, 64, 128)
 TABLE_GROUPS = (4, 8, 16, 32, 64)
 _TABLE_BITS: dict[str, Literal[2, 3, 4, 6, 8]] = {"2": 2, "3": 3, "4": 4, "6": 6, "8": 8}
 
@@ -22,7 +24,8 @@ class Scheme:
     Scales lie on the portable grid (see `quantization.tensor.round_scales`), so that float32, float16 and
     bfloat16 hold them exactly and every format stores the same numbers.
     `activations`: how the values that meet this weight are rounded; "int8" is one scale per token and group,
-    found as the model runs.
+    found as the model runs; "uint16" is one scale and zero point for each value of the graph, found before, on a
+    calibration text (`quantization.ranges`).
     `table`: the weight is a lookup table's entry, one of 2^bits float16 numbers. A field and not a class of its
     own: what carries schemes about (recipes, decisions, manifests) need not know, and a format that has no tables
     refuses them once, where it fits schemes.
@@ -30,16 +33,18 @@ class Scheme:
 
     bits: Literal[2, 3, 4, 6, 8, 16, 32]
     group: int | None = None
-    activations: Literal["float32", "int8"] = "float32"
+    activations: Literal["float32", "int8", "uint16"] = "float32"
     table: bool = False
 
     @property
     def name(self) -> str:
-        """fp32, fp16, int8, int4, int4-g128, int8-channel, pal4, pal4-g16, ..."""
+        """fp32, fp16, int8, int4, int4-g128, int8-channel, w8a16, w4a16, w4a16-g32, pal4, pal4-g16, ..."""
         if self.table:
             return f"pal{self.bits}" if self.group is None else f"pal{self.bits}-g{self.group}"
         if self.is_float:
             return f"fp{self.bits}"
+        if self.is_static:
+            return f"w{self.bits}a16" + (f"-g{self.group}" if self.group else "")
         if self.group is None:
             return f"int{self.bits}-channel"
         return f"int{self.bits}" if self.group == PORTABLE_GROUP else f"int{self.bits}-g{self.group}"
@@ -54,6 +59,11 @@ class Scheme:
         """Whether weights are integers with scales."""
         return not self.is_float and not self.table
 
+    @property
+    def is_static(self) -> bool:
+        """Whether the graph's values are integers too, whose ranges have to be known before."""
+        return self.activations == "uint16"
+
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a weight [outputs, inputs], its float32 scales or float16 tables included."""
         outputs, inputs = shape
@@ -66,6 +76,7 @@ class Scheme:
 
 PORTABLE_GROUP = 32
 SCHEMES = ("fp32", "fp16", "int8", "int4", "int4-g128")  # what is offered; other groups parse too
+STATIC_SCHEMES = ("w8a16", "w4a16", *(f"w4a16-g{group}" for group in STATIC_GROUPS))
 
 
 def parse_scheme(name: str) -> Scheme:
@@ -86,8 +97,12 @@ def parse_scheme(name: str) -> Scheme:
             return Scheme(8)
         if not channel and (group is None or int(group) in GROUPS):
             return Scheme(4 if bits == "4" else 8, int(group or PORTABLE_GROUP), "int8")
+    if (match := _STATIC.fullmatch(name)) and name in STATIC_SCHEMES:
+        bits, group = match.groups()
+        return Scheme(4 if bits == "4" else 8, int(group) if group else None, "uint16")
     raise RecipeError(
-        f"there is no scheme {name!r}: use one of {', '.join(SCHEMES)} (groups of {', '.join(map(str, GROUPS))}), or "
+        f"there is no scheme {name!r}: use one of {', '.join(SCHEMES)} (groups of {', '.join(map(str, GROUPS))}), "
+        f"for an NPU with static ranges {', '.join(STATIC_SCHEMES)}, or "
         f"for lookup tables pal4 or pal4-g16 (2, 3, 4, 6 or 8 bits, groups of {', '.join(map(str, TABLE_GROUPS))})"
     )
 
@@ -106,4 +121,5 @@ def fit_scheme(scheme: Scheme, shape: tuple[int, int]) -> tuple[Scheme, str]:
             return replace(scheme, group=group), f"{why}: groups of {group}"
     if scheme.table:
         return replace(scheme, group=None), f"{why}, nor of a smaller group: one table for all"
-    return Scheme(8), f"{why}, nor of a smaller group: 8 bits per channel"
+    activations: Literal["float32", "uint16"] = "uint16" if scheme.is_static else "float32"
+    return Scheme(8, None, activations), f"{why}, nor of a smaller group: 8 bits per channel"
