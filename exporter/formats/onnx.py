@@ -60,8 +60,7 @@ class OnnxOps:
     @cached_property
     def _rotary(self) -> list[str]:
         """What attention needs besides the cache: tokens so far, less one and as a length; cosines and sines."""
-        cos, sin = self.arch.rope.tables(self._context)
-        tables = [self._data.constant("rope.cos", cos), self._data.constant("rope.sin", sin)]
+        tables = [self.rope_table("cos"), self.rope_table("sin")]
         one = self._data.constant("one", np.array([1], np.int64))
         length = self.g.emit("ReduceSum", ["attention_mask", one], keepdims=0)
         last = self.g.emit(
@@ -104,7 +103,7 @@ class OnnxOps:
         return Sum(x, y)
 
     def rms_norm(self, x: Value, weight: str) -> Value:
-        gamma = self._vector([weight])
+        gamma = self.vector([weight])
         if isinstance(x, Sum) and x.name is None:
             normed, x.name = self.g.fresh(), self.g.fresh()
             self.g.node(
@@ -183,8 +182,15 @@ class OnnxOps:
 
     def _matmul(self, x: Value, names: Sequence[str]) -> str:
         """x @ Wᵀ (+ bias) for weights that lie below each other if they are several."""
+        y = self.product(x, names)
+        if self.arch.has_bias(names[0]):
+            y = self.g.emit("Add", [y, self.vector([f"{name}.bias" for name in names])])
+        return y
+
+    def product(self, x: Value, names: Sequence[str]) -> str:
+        """x @ Wᵀ for weights that lie below each other if they are several."""
         layout = self._place(names)
-        stored, inputs = layout["initializer"], layout["inputs"]
+        stored, inputs = self._initializer(names), layout["inputs"]
         outputs = self._data.tensors[stored].dims[0]
         bits, group = layout["bits"], layout["group"]
         if bits <= 8 and group:
@@ -202,8 +208,6 @@ class OnnxOps:
             y = self._unpacked(x, stored, bits)
             if bits <= 8:
                 y = self.g.emit("Mul", [y, f"{stored}.scales"])
-        if names[0].partition(".")[2].partition(".")[2] in self.arch.biases:
-            y = self.g.emit("Add", [y, self._vector([f"{name}.bias" for name in names])])
         return y
 
     def _unpacked(self, x: Value, stored: str, bits: int) -> str:
@@ -219,6 +223,17 @@ class OnnxOps:
         if names[0] not in self._data.layout:
             self._store([self.weights.matrix(name) for name in names])
         return self._data.layout[names[0]]
+
+    def _initializer(self, names: Sequence[str]) -> str:
+        """The tensor of weights that lie below each other: all of a stored one, or a part of it."""
+        places = [self._data.layout[name] for name in names]
+        stored, start = places[0]["initializer"], places[0]["row"]
+        rows = sum(place["rows"] for place in places)
+        if stored != joined(names):
+            for suffix in ("", ".scales"):
+                if stored + suffix in self._data.tensors:
+                    self._data.part(stored + suffix, joined(names) + suffix, start, rows)
+        return joined(names)
 
     def _store(self, tensors: Sequence[QuantizedTensor]) -> None:
         """Write tensors of one scheme below each other."""
@@ -257,10 +272,10 @@ class OnnxOps:
             }
             row += tensor.shape[0]
 
-    def _vector(self, names: Sequence[str]) -> str:
+    def vector(self, names: Sequence[str]) -> str:
         """Norm weights or biases, joined."""
         if names[0] in self._data.layout:
-            return joined(names)
+            return self._initializer(names)
         vectors = [self.weights.vector(name) for name in names]
         row = 0
         for name, vector in zip(names, vectors, strict=True):
@@ -271,6 +286,11 @@ class OnnxOps:
     def output(self, value: Value, name: str) -> None:
         """A value that the graph gives, under this name."""
         self.g.rename(self._name(value), name)
+
+    def rope_table(self, name: str) -> str:
+        """Cosines ("cos") or sines of the rotary embedding's angles, [context, dim/2]."""
+        cos, sin = self.arch.rope.tables(self._context)
+        return self._data.constant(f"rope.{name}", cos if name == "cos" else sin)
 
     # values put off
 

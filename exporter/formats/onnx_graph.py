@@ -82,6 +82,31 @@ class DataFile:
         self._aliases[name] = stored
         return name
 
+    def part(self, stored: str, name: str, start: int, count: int) -> str:
+        """Rows [start, start + count) of weights that lie below each other, or their scales."""
+        rows = sum(
+            place["rows"]
+            for place in self.layout.values()
+            if place["initializer"] == stored.removesuffix(".scales")
+        )
+        whole, tensor = self.tensors[stored], TensorProto()
+        tensor.CopyFrom(whole)
+        tensor.name, tensor.dims[0] = name, whole.dims[0] // rows * count
+        if whole.external_data:
+            place = {entry.key: int(entry.value) for entry in whole.external_data if entry.key != "location"}
+            width = place["length"] // rows
+            for entry in tensor.external_data:
+                if entry.key != "location":
+                    entry.value = str(
+                        place["offset"] + width * start if entry.key == "offset" else width * count
+                    )
+        else:
+            width = len(whole.raw_data) // rows
+            tensor.raw_data = whole.raw_data[width * start : width * (start + count)]
+        self.tensors[name] = tensor
+        self._aliases[name] = stored
+        return name
+
     def behind(self, names: Iterable[str]) -> set[str]:
         """Names, and those of the tensors that they are other shapes of."""
         return {other for name in names for other in (name, self._aliases.get(name, name))}

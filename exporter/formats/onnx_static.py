@@ -15,6 +15,8 @@ from exporter import decoder
 from exporter.architecture import Architecture
 from exporter.formats.onnx import GRAPH, IR, OPSET, OnnxOps, Value, cache_names
 from exporter.formats.onnx_graph import DataFile, save
+from exporter.formats.onnx_spelled import SpelledGraph, is_fused
+from exporter.npu.hexagon_ops import HexagonOps
 from exporter.quantization.weights import Weights
 from runtimes.bundle import EntryPoint, TensorSpec
 
@@ -72,8 +74,30 @@ def write_embedding(arch: Architecture, weights: Weights, folder: Path) -> Entry
 def _write_part(
     arch: Architecture, weights: Weights, context: int, folder: Path, name: str, length: int, layers: range
 ) -> EntryPoint:
+    ops = StaticOps(arch, weights, context, DataFile.of(folder / GRAPH), last_only=False)
+    if is_fused(arch, context):
+        entry = _fused_entry(arch, name, length, context, layers)
+        hidden: Value = "hidden"
+        for i in layers:
+            hidden = decoder.layer(ops, arch, i, hidden)
+        if result := [spec.name for spec in entry.outputs if "." not in spec.name]:
+            last = layers.stop == arch.layers
+            ops.output(decoder.head(ops, arch, hidden) if last else hidden, result[0])
+        model = ops.g.model(name, entry.inputs, entry.outputs, OPSET, IR)
+    else:
+        graph = SpelledGraph(ops)
+        head = name.startswith("decode") and layers.stop == arch.layers
+        HexagonOps(graph, arch, length=length, context=context).run(layers, head)
+        model = graph.model(name)
+        inputs, outputs = tuple(graph.inputs.values()), tuple(graph.outputs.values())
+        entry = EntryPoint(name=name, file=f"{name}.onnx", inputs=inputs, outputs=outputs)
+    save(model, folder / entry.file)
+    return entry
+
+
+def _fused_entry(arch: Architecture, name: str, length: int, context: int, layers: range) -> EntryPoint:
     last = layers.stop == arch.layers
-    entry = EntryPoint(
+    return EntryPoint(
         name=name,
         file=f"{name}.onnx",
         inputs=(
@@ -83,14 +107,6 @@ def _write_part(
         ),
         outputs=(*_result(arch, name, length, last), *_cache("present", arch, context, layers)),
     )
-    ops = StaticOps(arch, weights, context, DataFile.of(folder / GRAPH), last_only=False)
-    hidden: Value = "hidden"
-    for i in layers:
-        hidden = decoder.layer(ops, arch, i, hidden)
-    if result := [spec.name for spec in entry.outputs if "." not in spec.name]:
-        ops.output(decoder.head(ops, arch, hidden) if last else hidden, result[0])
-    save(ops.g.model(name, entry.inputs, entry.outputs, OPSET, IR), folder / entry.file)
-    return entry
 
 
 def _result(arch: Architecture, name: str, length: int, last: bool) -> Iterator[TensorSpec]:

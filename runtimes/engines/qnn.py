@@ -19,6 +19,8 @@ from runtimes.bundle import Bundle, Choice, EntryPoint, TensorSpec, Variant
 from runtimes.errors import BundleError, EngineError
 from runtimes.session import Session
 
+_HIDDEN = -1e3  # added to a score in float16 that must not count: exp makes 0 of it
+
 
 def load(
     bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int, exact: bool = False
@@ -94,9 +96,9 @@ class QnnEngine(Session):
                 spec.name: position_input(spec, self._position, length, self._room) for spec in part.places
             }
             found = part.run(given | {spec.name: self._cache[spec.name] for spec in part.past})
-            for spec in part.past:
-                new = found[spec.name.replace("past_key_values", "present")]
-                self._cache[spec.name] = remembered(self._cache[spec.name], new, self._position, count)
+            for present in part.present:  # more than `past`: a prompt's last layer is not attended to
+                past = present.replace("present", "past_key_values")
+                self._cache[past] = remembered(self._cache[past], found[present], self._position, count)
             hidden = found.get("hidden_out")
             if (last := part.outputs.get("logits")) is not None:
                 logits = real(found["logits"][0, count - 1], last)
@@ -111,6 +113,7 @@ class _Part:
         self.inputs = {spec.name: spec for spec in entry.inputs}
         self.outputs = {spec.name: spec for spec in entry.outputs}
         self.past = [spec for spec in entry.inputs if spec.name.startswith("past_key_values")]
+        self.present = [name for name in self.outputs if name.startswith("present")]
         self.places = [spec for spec in entry.inputs if spec not in self.past and spec.name != "hidden"]
         self.length = int(self.inputs["hidden"].shape[1])
         self._path, self._chip = bundle.file(entry.file), chip
@@ -174,7 +177,7 @@ def position_input(spec: TensorSpec, position: int, length: int, context: int) -
     seen = keys <= queries
     if int(window):
         seen &= keys > queries - int(window)
-    lowest = np.iinfo(spec.dtype).min if np.issubdtype(spec.dtype, np.integer) else 0
+    lowest = np.iinfo(spec.dtype).min if np.issubdtype(spec.dtype, np.integer) else _HIDDEN
     return np.where(seen, spec.zero_point or 0, lowest).astype(spec.dtype)[None, None]
 
 

@@ -143,7 +143,7 @@ def _(patch):
         finally:
             self.weights = original
 
-    wrap(patch, "_vector", vector)
+    wrap(patch, "vector", vector)
 
 
 class Shifted:
