@@ -18,6 +18,7 @@ from onnx import TensorProto
 from exporter import decoder
 from exporter.architecture import Architecture
 from exporter.formats.onnx_graph import CONTRIB, DataFile, GraphBuilder, joined, save
+from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor
 from exporter.quantization.weights import Weights
 from runtimes.bundle import EntryPoint, KVCache, TensorSpec
@@ -78,20 +79,19 @@ class OnnxOps:
         if not scheme.is_integer:
             rows = self.g.emit("Gather", [stored, ids])
             return rows if scheme.bits == 32 else self.g.emit("Cast", [rows], to=TensorProto.FLOAT)
-        if scheme.group is None:
+        block = place["block"]
+        if block is None:
             q = self.g.emit("Cast", [self.g.emit("Gather", [stored, ids])], to=TensorProto.FLOAT)
             scales = self._data.alias(f"{stored}.scales", "embedding.table.scales", [rows_, 1])
             return self.g.emit("Mul", [q, self.g.emit("Gather", [scales, ids])])
         table = self._data.alias(stored, "embedding.table", [rows_, inputs * scheme.bits // 8])
-        scales = self._data.alias(
-            f"{stored}.scales", "embedding.table.scales", [rows_, inputs // scheme.group]
-        )
+        scales = self._data.alias(f"{stored}.scales", "embedding.table.scales", [rows_, inputs // block])
         return self.g.emit(
             "GatherBlockQuantized",
             [table, ids, scales],
             domain=CONTRIB,
             bits=scheme.bits,
-            block_size=scheme.group,
+            block_size=block,
             gather_axis=0,
             quantize_axis=1,
         )
@@ -192,8 +192,8 @@ class OnnxOps:
         layout = self._place(names)
         stored, inputs = self._initializer(names), layout["inputs"]
         outputs = self._data.tensors[stored].dims[0]
-        bits, group = layout["bits"], layout["group"]
-        if bits <= 8 and group:
+        bits, block = layout["bits"], layout["block"]
+        if bits <= 8 and block:
             y = self.g.emit(
                 "MatMulNBits",
                 [self._name(x), stored, f"{stored}.scales"],
@@ -201,7 +201,7 @@ class OnnxOps:
                 K=inputs,
                 N=outputs,
                 bits=bits,
-                block_size=group,
+                block_size=block,
                 accuracy_level=4 if layout["activations"] == "int8" else 1,
             )
         else:
@@ -239,26 +239,25 @@ class OnnxOps:
         """Write tensors of one scheme below each other."""
         name = joined([tensor.name for tensor in tensors])
         scheme, inputs = tensors[0].scheme, tensors[0].shape[1]
-        outputs = sum(tensor.shape[0] for tensor in tensors)
+        outputs, block = sum(tensor.shape[0] for tensor in tensors), _block(scheme, inputs)
         data = [tensor.data for tensor in tensors]
-        if scheme.is_integer and scheme.group:
-            self._data.append(
-                name,
-                TensorProto.UINT8,
-                [outputs, inputs // scheme.group, scheme.group * scheme.bits // 8],
-                data,
-            )
-            scales_shape = [outputs * (inputs // scheme.group)]
+        scales = [tensor.scales for tensor in tensors if tensor.scales is not None]
+        if block:
+            dims = [outputs, inputs // block, block * scheme.bits // 8]
+            self._data.append(name, TensorProto.UINT8, dims, data)
+            if not scheme.group:
+                scales = [np.repeat(column, inputs // block, axis=1) for column in scales]
         elif scheme.is_integer:
-            signed = [block ^ 0x80 for block in data]  # int8, which Cast makes the integers themselves of
+            # int8, which Cast makes the integers themselves of
+            signed = [tensor.integers() for tensor in tensors]
             self._data.append(name, TensorProto.INT8, [outputs, inputs], signed)
-            scales_shape = [outputs]
         else:
             kind = TensorProto.FLOAT16 if scheme.bits == 16 else TensorProto.FLOAT
             self._data.append(name, kind, [outputs, inputs], data)
-        if scheme.is_integer:
-            scales = [tensor.scales for tensor in tensors if tensor.scales is not None]
-            self._data.append(f"{name}.scales", TensorProto.FLOAT, scales_shape, scales)
+        if scales:
+            self._data.append(
+                f"{name}.scales", TensorProto.FLOAT, [outputs * (inputs // block if block else 1)], scales
+            )
         row = 0
         for tensor in tensors:
             self._data.layout[tensor.name] = {
@@ -268,6 +267,7 @@ class OnnxOps:
                 "inputs": inputs,
                 "bits": scheme.bits,
                 "group": scheme.group,
+                "block": block,
                 "activations": scheme.activations,
             }
             row += tensor.shape[0]
@@ -303,6 +303,14 @@ class OnnxOps:
         if isinstance(value, Linear):
             return self._name(self.linear(value.x, value.weight))
         return value
+
+
+def _block(scheme: Scheme, inputs: int) -> int | None:
+    """Inputs that share a scale in the file. MatMulNBits has no scale for a whole channel: where a 4-bit weight has
+    one, it is repeated for blocks as large as can be."""
+    if not scheme.is_integer or scheme.group or scheme.bits == 8:
+        return scheme.group
+    return next((block for block in (128, 64, 32, 16) if inputs % block == 0), None)
 
 
 def write_onnx(

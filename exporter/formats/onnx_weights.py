@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from exporter.formats.onnx_graph import read_layout
 from exporter.quantization.scheme import Scheme
-from exporter.quantization.tensor import QuantizedTensor
+from exporter.quantization.tensor import QuantizedTensor, pack4
 from runtimes.errors import BundleError
 
 
@@ -41,10 +41,18 @@ class OnnxWeights:
         if not scheme.is_integer:
             kind = np.float16 if bits == 16 else np.float32
             return QuantizedTensor(name, scheme, (rows, inputs), self._rows(place, "", kind, inputs))
-        data = self._rows(place, "", np.uint8, inputs * bits // 8)
         if self._initializers[place["initializer"]].data_type == onnx.TensorProto.INT8:
-            data ^= 0x80  # per channel: stored as it is, not as q + 128
-        scales = self._rows(place, ".scales", np.float32, inputs // group if group else 1)
+            data = self._rows(place, "", np.uint8, inputs) ^ 0x80  # a byte for each, as it is, not q + 128
+            data = pack4(data - np.uint8(120)) if bits == 4 else data
+        else:
+            data = self._rows(place, "", np.uint8, inputs * bits // 8)
+        block = place.get("block", group)
+        scales = self._rows(place, ".scales", np.float32, inputs // block if block else 1)
+        if not group and (scales != scales[:, :1]).any():
+            raise BundleError(
+                f"{self._folder}: the parts of a channel of {name} differ in scale; export the bundle again"
+            )
+        scales = scales if group else np.ascontiguousarray(scales[:, :1])
         return QuantizedTensor(name, scheme, (rows, inputs), data, scales)
 
     def vector(self, name: str) -> NDArray[np.float32]:
@@ -53,17 +61,19 @@ class OnnxWeights:
 
     def _rows(self, place: dict[str, Any], suffix: str, kind: Any, columns: int) -> NDArray[Any]:
         """`place`'s rows of an initializer, seen as [rows, columns] of `kind`."""
-        tensor = self._initializers[place["initializer"] + suffix]
         start, count = place["row"] * columns, place["rows"] * columns
+        return self._values(place["initializer"] + suffix, kind, start, count).reshape(-1, columns)
+
+    def _values(self, initializer: str, kind: Any, start: int, count: int) -> NDArray[Any]:
+        """`count` values of an initializer from the `start`th on, read as `kind`."""
+        tensor = self._initializers[initializer]
         if not tensor.external_data:
-            whole = onnx.numpy_helper.to_array(tensor).reshape(-1)
-            return whole[start : start + count].reshape(-1, columns)
+            return onnx.numpy_helper.to_array(tensor).reshape(-1)[start : start + count]
         where = {entry.key: entry.value for entry in tensor.external_data}
         width = np.dtype(kind).itemsize
-        offset = int(where["offset"]) + start * width
         with open(self._folder / where["location"], "rb") as file:
-            file.seek(offset)
+            file.seek(int(where["offset"]) + start * width)
             values = np.fromfile(file, kind, count)
         if len(values) != count:
             raise BundleError(f"{self._folder / where['location']} is cut off; export the bundle again")
-        return values.reshape(-1, columns)
+        return values

@@ -78,6 +78,23 @@ class Decision:
     note: str = ""
 
 
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by the name of one that is shipped, or by a file's path.
+
+    >>> find_recipe("hexagon-w4a16").rules[-1].scheme
+    'w4a16'
+    """
+    shipped = sorted(path.stem for path in SHIPPED.glob("*.toml"))
+    if name in shipped:
+        return read_recipe(SHIPPED / f"{name}.toml")
+    if not Path(name).suffix and not Path(name).exists():
+        raise RecipeError(f"there is no recipe {name!r}: use one of {', '.join(shipped)}, or a TOML file")
+    return read_recipe(Path(name))
+
+
 def read_recipe(path: Path) -> Recipe:
     """A recipe from a TOML file; RecipeError names the first thing that is wrong."""
     try:
