@@ -137,13 +137,13 @@ class AneOps(ProgramOps):
         return gamma
 
     def _power_of_two(self, x: Var) -> Var:
-        """One near x > 0, between x / 2 and 2 x, so that division by it is exact; at least 2^-4.
+        """One near x > 0, between x / 4 and x, so that division by it is exact; at least 2^-4.
 
         x less a 1024th of it is rounded to one or two of float16's steps below x, and a step is a power of two. Where
         a processor rounds it in another way, so is the quotient rounded, as it would be by x itself.
         """
         step = self.binary("sub", x, self.scale(x, 1 - 2**-10))
-        return self.binary("maximum", self.scale(step, 2**10), np.float16(2**-4))
+        return self.binary("maximum", self.scale(step, 2**9), np.float16(2**-4))
 
     def linear(self, x: Var, weight: str) -> Var:
         parts = [self._conv(x, weight, rows) for rows in self._pieces(weight)]
