@@ -50,7 +50,9 @@ class Bounds:
     tie: float
 
 
-HALF_BOUNDS = Bounds(largest=2e-2, mean=5e-3, tie=2e-2)  # every value rounded to float16
+# Products rounded to float16. Of random models, whose weights amplify it most, single steps reach 2 %; the tokens that
+# differ are nearer than 0.6 %.
+HALF_BOUNDS = Bounds(largest=2e-2, mean=5e-3, tie=1e-2)
 FLOAT_BOUNDS = Bounds(largest=1e-3, mean=1e-4, tie=1e-3)  # float32 sums in another order
 
 
