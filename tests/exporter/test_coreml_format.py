@@ -56,7 +56,7 @@ def made(checkpoints, tmp_path_factory) -> Callable[[str, str, str], Bundle]:
 def test_packages_agree_with_the_reference(family, delegate, scheme, made):
     """A prefill of 40 tokens and 32 steps with the cache: the error is float16's, as a share of the logits' range.
 
-    Random weights amplify each rounding: with 20 other prompts a step in a thousand passes 1 %. So it does where only
+    Random weights amplify each rounding: over many prompts a step in a thousand passes 1 %. So do some where only
     the results of the decoder's verbs are rounded to float16, which leaves out what happens within attention.
     """
     bundle = made(family, delegate, scheme)
