@@ -1,11 +1,11 @@
 """Core ML: the decoder as an ML Program for iOS 18 and macOS 15, functions `prefill` and `decode` in one package.
 
 Linear layers, for the GPU (and the CPU): integers in groups along the inputs, which the Neural Engine does not
-take. A norm scales its input first, so that squares stay in range. Both functions share the states and the
-weights.
+take. Products of matrices are float16; the residual stream, norms, rotary embedding, activations and softmax are
+float32, which costs these processors little: they are small, and a residual stream in float16 would gather a rounding
+in every layer. Both functions share the states and the weights.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from exporter.quantization.weights import Weights
 from runtimes.bundle import EntryPoint, KVCache, TensorSpec
 
 PACKAGE = "model.mlpackage"
-_FLOOR = 1e-5  # the least that a norm divides by: what lies below it all is 0 in float16
 
 
 class MilOps(ProgramOps):
     """The verbs of `decoder.Ops` as operations of one function; values are [1, length, channels]."""
+
+    wide = "fp32"
 
     def __init__(
         self, arch: Architecture, weights: Weights, function: MilFunction, length: int, context: int
@@ -35,7 +36,7 @@ class MilOps(ProgramOps):
     def embed(self, tokens: Var, weight: str) -> Var:
         shape = (1, self.length, self.arch.hidden)
         table = self.matrix(weight)
-        return self.f.op(
+        rows = self.f.op(
             "gather",
             "fp16",
             shape,
@@ -45,31 +46,29 @@ class MilOps(ProgramOps):
             batch_dims=0,
             validate_indices=False,
         )
+        return self.widened(rows)
 
     def rms_norm(self, x: Var, weight: str) -> Var:
-        """With m = max |x|: y = x / m, and y / sqrt(mean(y²) + eps / m²) * weight; y² is at most 1."""
-        largest = self.reduce("reduce_max", self.unary("abs", x), -1)
-        largest = self.binary("maximum", largest, np.float16(_FLOOR))
-        y = self.binary("real_div", x, largest)
-        power = self.reduce("reduce_mean", self.binary("mul", y, y), -1)
-        eps = self.binary("real_div", np.float16(math.sqrt(self.arch.norm_eps)), largest)
-        power = self.binary("add", power, self.binary("mul", eps, eps))
-        root = self.f.op("rsqrt", "fp16", power.shape, x=power, epsilon=np.float16(0))
-        return self.binary("mul", self.binary("mul", y, root), self.vector(weight))
+        """In float32, where squares stay in range."""
+        x = self.widened(x)
+        power = self.reduce("reduce_mean", self.binary("mul", x, x), -1)
+        epsilon = self.number(self.arch.norm_eps, x.kind)
+        root = self.f.op("rsqrt", power.kind, power.shape, x=power, epsilon=epsilon)
+        return self.binary("mul", self.binary("mul", x, root), self.vector(weight, x.kind))
 
     def linear(self, x: Var, weight: str) -> Var:
         out = (*x.shape[:-1], self._shapes[weight][0])
         bias: dict[str, Any] = {}
         if self.arch.has_bias(weight):
             bias["bias"] = self.vector(f"{weight}.bias")
-        return self.f.op("linear", "fp16", out, x=x, weight=self.matrix(weight), **bias)
+        return self.f.op("linear", "fp16", out, x=self.halved(x), weight=self.matrix(weight), **bias)
 
     def last(self, x: Var) -> Var:
         if self.row is None:
             return x
         shape = (1, 1, x.shape[-1])
         return self.f.op(
-            "gather", "fp16", shape, x=x, indices=self.row, axis=1, batch_dims=0, validate_indices=False
+            "gather", x.kind, shape, x=x, indices=self.row, axis=1, batch_dims=0, validate_indices=False
         )
 
     def heads(self, x: Var, count: int) -> Var:
@@ -89,8 +88,9 @@ class MilOps(ProgramOps):
             first = self.f.op("sub", "int32", (self.length, 1), x=queries, y=np.array([window], np.int32))
             near = self.f.op("greater", "bool", shape, x=keys, y=first)
             seen = self.f.op("logical_and", "bool", shape, x=seen, y=near)
-        counts = self.f.op("cast", "fp16", shape, x=seen, dtype="fp16")
-        return self.binary("mul", self.binary("sub", np.float16(1), counts), MASKED)
+        counts = self.f.op("cast", self.wide, shape, x=seen, dtype=self.wide)
+        hidden = self.binary("sub", self.number(1, self.wide), counts)
+        return self.binary("mul", hidden, self.number(MASKED, self.wide))
 
 
 def write_coreml(
@@ -103,7 +103,7 @@ def write_coreml(
     for entry, length in lengths.items():
         function = package.function(entry)
         ops = MilOps(arch, weights, function, length, context)
-        function.output("logits", decoder(ops, arch, ops.tokens))
+        function.output("logits", ops.halved(decoder(ops, arch, ops.tokens)))
         entries.append(_entry_point(entry, name, length, arch))
     package.finish({"gochu.family": arch.family, "gochu.context": str(context)})
     return tuple(entries)

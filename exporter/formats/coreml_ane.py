@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter import decoder
 from exporter.architecture import Architecture
@@ -69,6 +70,7 @@ class Pieces(Var):
 class AneOps(ProgramOps):
     """The verbs of `decoder.Ops` as operations of one function of one part."""
 
+    wide = "fp16"
     channels = 1  # the axis along which a token's numbers lie
 
     def __init__(
@@ -113,20 +115,35 @@ class AneOps(ProgramOps):
 
     def rms_norm(self, x: Var, weight: str) -> Var:
         """By layer_norm, which rounds once: beside its negative, a vector has the mean 0. One more channel,
-        √(hidden · eps), brings eps into the length of x / max |x|, whose squares stay in range."""
+        √(hidden · eps), brings eps into the length of x / p, whose squares stay in range."""
         hidden, shape, axis = self.arch.hidden, x.shape, self.channels
         own = np.full((1, 1, 1, shape[3]), math.sqrt(hidden * self.arch.norm_eps), np.float16)
         x = self.concat([x, self.f.const(own)], axis)
-        x = self.binary("real_div", x, self.reduce("reduce_max", self.unary("abs", x), axis))
+        largest = self.reduce("reduce_max", self.unary("abs", x), axis)
+        x = self.binary("real_div", x, self._power_of_two(largest))
         both = self.concat([x, self.scale(x, -1)], axis)
+        gamma = self._blob(weight, "fp16", (both.shape[axis],), lambda: self._gamma(weight))
         axes = np.array([axis], np.int32)
-        normed = self.f.op("layer_norm", "fp16", both.shape, x=both, axes=axes, epsilon=np.float16(0))
-        begin, end = np.zeros(4, np.int32), np.array(shape, np.int32)
-        normed = self.f.op("slice_by_index", "fp16", shape, x=normed, begin=begin, end=end)
-        scaled = (self.weights.vector(weight) * norm_scale(self.arch)).astype(np.float16).reshape(1, -1, 1, 1)
-        return self.binary(
-            "mul", normed, self.f.const(self._blob(weight, "fp16", scaled.shape, lambda: scaled))
+        normed = self.f.op(
+            "layer_norm", "fp16", both.shape, x=both, axes=axes, gamma=gamma, epsilon=np.float16(0)
         )
+        begin, end = np.zeros(4, np.int32), np.array(shape, np.int32)
+        return self.f.op("slice_by_index", "fp16", shape, x=normed, begin=begin, end=end)
+
+    def _gamma(self, weight: str) -> NDArray[np.float16]:
+        """A norm's weight as layer_norm takes it: 0 for eps's channel and the negatives, which nobody reads."""
+        gamma = np.zeros(2 * (self.arch.hidden + 1), np.float16)
+        gamma[: self.arch.hidden] = self.weights.vector(weight) * norm_scale(self.arch)
+        return gamma
+
+    def _power_of_two(self, x: Var) -> Var:
+        """One near x > 0, between x / 4 and x, so that division by it is exact; at least 2^-4.
+
+        x less a 1024th of it is rounded to one or two of float16's steps below x, and a step is a power of two. Where
+        a processor rounds it in another way, so is the quotient rounded, as it would be by x itself.
+        """
+        step = self.binary("sub", x, self.scale(x, 1 - 2**-10))
+        return self.binary("maximum", self.scale(step, 2**9), np.float16(2**-4))
 
     def linear(self, x: Var, weight: str) -> Var:
         parts = [self._conv(x, weight, rows) for rows in self._pieces(weight)]
@@ -162,7 +179,7 @@ class AneOps(ProgramOps):
         token: -context, ..., context - 1."""
         later = np.arange(-self.context, self.context) - np.arange(self.length)[:, None]
         seen = (later <= 0) & (later > -(window or len(later[0])))
-        table = np.where(seen, np.float16(0), MASKED)[None, None]
+        table = np.where(seen, 0, MASKED).astype(np.float16)[None, None]
         first = self.f.op("sub", "int32", (1,), x=np.array([self.context], np.int32), y=self.position)
         begin = self.concat_ints([0, 0, 0], first, [])
         return self.window(table, begin, (1, 1, self.length, self.context))
@@ -313,6 +330,9 @@ def split(arch: Architecture, weights: Weights, context: int, most: int) -> list
     """
     stored = {name: _stored(weights.scheme(name), shape) for name, shape in arch.matrices()}
     stored |= {name: 2 * length for name, length in arch.vectors()}
+    stored |= {
+        name: 4 * (length + 1) for name, length in arch.vectors() if name.endswith("_norm")
+    }  # see _gamma
     most -= _tables(arch, context)
     if sum(stored.values()) <= most:
         return [Part(0, range(arch.layers), True, True)]

@@ -1,7 +1,8 @@
 """What Core ML's two layouts share: the decoder's verbs as operations of an ML Program, whichever way values lie.
 
-All is float16. The KV cache is two states, [layers, kv_heads, context, head_dim] each. Left to a layout: how values
-lie, and so the embedding, norms, linears and masks.
+Products of matrices and the KV cache are float16; what is between them is a layout's `wide` kind, and each value is
+rounded as seldom as that allows. The KV cache is two states, [layers, kv_heads, context, head_dim] each. Left to a
+layout: how values lie, and so the embedding, norms, linears and masks.
 
 Operations: https://apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html
 """
@@ -19,11 +20,13 @@ from exporter.quantization.tensor import QuantizedTensor
 from exporter.quantization.weights import Weights
 
 CHUNK = 64  # tokens that `prefill` takes at once
-MASKED = np.float16(-1e4)  # added to a score that must not count: exp makes 0 of it
+MASKED = -1e4  # added to a score that must not count: exp makes 0 of it
 
 
 class ProgramOps(ABC):
     """The verbs of `decoder.Ops` for `length` tokens at a time, in the layers `layers` of the decoder."""
+
+    wide: Kind  # what the residual stream, activations and softmax are computed in
 
     def __init__(
         self,
@@ -43,7 +46,9 @@ class ProgramOps(ABC):
         shape = (len(layers), arch.kv_heads, context, arch.head_dim)
         self._states = {part: function.state(f"{part}_cache", shape) for part in ("key", "value")}
         self._end = function.op("add", "int32", (1,), x=self.position, y=np.array([length], np.int32))
-        self._cos, self._sin = self._rope_rows()
+        # What scores are multiplied by, and divided by before tanh, queries already are: no score is rounded for it.
+        self._query_scale = arch.attention_scale / (arch.attention_softcap or 1)
+        self._rope = {factor: self._rope_rows(factor) for factor in (self._query_scale, 1.0)}
         self._places: dict[int, tuple[Var, Var]] = {}
         self._masks: dict[int, Var] = {}
         self._kept = _Once(weights, "")
@@ -73,18 +78,21 @@ class ProgramOps(ABC):
     # the verbs
 
     def scale(self, x: Var, factor: float) -> Var:
-        return self.binary("mul", x, np.float16(factor))
+        x = self.widened(x)
+        return self.binary("mul", x, self.number(factor, x.kind))
 
     def add(self, x: Var, y: Var) -> Var:
-        return self.binary("add", x, y)
+        return self.binary("add", self.widened(x), self.widened(y))
 
     def linears(self, x: Var, weights: Sequence[str]) -> list[Var]:
+        x = self.halved(x)  # once for all
         return [self.linear(x, weight) for weight in weights]
 
     def gated(self, gate: Var, up: Var) -> Var:
+        gate, up = self.widened(gate), self.widened(up)
         if self.arch.activation == "silu":
             return self.binary("mul", self.unary("silu", gate), up)
-        active = self.f.op("gelu", "fp16", gate.shape, x=gate, mode="TANH_APPROXIMATION")
+        active = self.f.op("gelu", gate.kind, gate.shape, x=gate, mode="TANH_APPROXIMATION")
         return self.binary("mul", active, up)
 
     def softcap(self, x: Var, cap: float) -> Var:
@@ -92,20 +100,19 @@ class ProgramOps(ABC):
 
     def attention(self, q: Var, k: Var, v: Var, layer: int) -> Var:
         arch, length, context = self.arch, self.length, self.context
-        shared = arch.heads // arch.kv_heads
-        q = self.scale(self._rotate(self.heads(q, arch.heads)), arch.attention_scale)
-        keys = self._remember("key", self._rotate(self.heads(k, arch.kv_heads)), layer)
+        shared, cap = arch.heads // arch.kv_heads, arch.attention_softcap
+        q = self._rotate(self.heads(q, arch.heads), self._query_scale)
+        keys = self._remember("key", self._rotate(self.heads(k, arch.kv_heads), 1), layer)
         values = self._remember("value", self.heads(v, arch.kv_heads), layer)
         # Heads that share a key are rows of one product.
         rows = (1, arch.kv_heads, shared * length)
         q = self.reshape(q, (*rows, arch.head_dim))
         scores = self._matmul(q, keys, (*rows, context), transpose_y=True)
-        scores = self.reshape(scores, (1, arch.heads, length, context))
-        if arch.attention_softcap:
-            scores = self.softcap(scores, arch.attention_softcap)
-        window = arch.windows[layer]
-        scores = self.binary("add", scores, self._mask(window))
-        shares = self.f.op("softmax", "fp16", scores.shape, x=scores, axis=-1)
+        scores = self.widened(self.reshape(scores, (1, arch.heads, length, context)))
+        if cap:
+            scores = self.scale(self.unary("tanh", scores), cap)
+        scores = self.binary("add", scores, self._mask(arch.windows[layer]))
+        shares = self.halved(self.f.op("softmax", scores.kind, scores.shape, x=scores, axis=-1))
         mixed = self._matmul(self.reshape(shares, (*rows, context)), values, (*rows, arch.head_dim))
         return self.merged(self.reshape(mixed, (1, arch.heads, length, arch.head_dim)))
 
@@ -154,26 +161,29 @@ class ProgramOps(ABC):
             )
         return self._places[layer]
 
-    def _rotate(self, x: Var) -> Var:
-        """Rotary embedding of [1, heads, length, head_dim]: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    def _rotate(self, x: Var, factor: float) -> Var:
+        """Rotary embedding of [1, heads, length, head_dim] times `factor`: (a, b) -> (a cos - b sin, b cos + a sin)."""
+        x, (cos, sin) = self.widened(x), self._rope[factor]
         dim, size = self.arch.rope.dim, self.arch.head_dim
         half = dim // 2
         turned = x if dim == size else self.slice(x, 0, dim)
         swapped = self.concat([self.slice(x, half, dim), self.slice(x, 0, half)])
-        rotated = self.binary(
-            "add", self.binary("mul", turned, self._cos), self.binary("mul", swapped, self._sin)
-        )
-        return rotated if dim == size else self.concat([rotated, self.slice(x, dim, size)])
+        rotated = self.binary("add", self.binary("mul", turned, cos), self.binary("mul", swapped, sin))
+        if dim < size:
+            rest = self.slice(x, dim, size)
+            rotated = self.concat([rotated, rest if factor == 1 else self.scale(rest, factor)])
+        return self.halved(rotated)
 
-    def _rope_rows(self) -> tuple[Var, Var]:
-        """(cos, cos) and (-sin, sin) at this run's positions, [length, dim] each."""
-        cos, sin = self.arch.rope.tables(self.context)
+    def _rope_rows(self, factor: float) -> tuple[Var, Var]:
+        """(cos, cos) and (-sin, sin) at this run's positions, times `factor`, [length, dim] each."""
         begin = self.concat_ints([], self.position, [0])
 
         def rows(table: NDArray[np.float32]) -> Var:
-            return self.window(table.astype(np.float16), begin, (self.length, table.shape[1]))
+            table = table * np.float32(factor)
+            return self.window(table.astype(_NUMPY[self.wide]), begin, (self.length, table.shape[1]))
 
-        return rows(np.concatenate((cos, cos), -1)), rows(np.concatenate((-sin, sin), -1))
+        cos, sin = map(rows, self.arch.rope.tables(self.context))
+        return self.concat([cos, cos]), self.concat([self.scale(sin, -1), sin])
 
     # weights
 
@@ -219,10 +229,10 @@ class ProgramOps(ABC):
             type = "constexpr_blockwise_shift_scale"
         return self.f.constexpr(type, "fp16", shape, name=key, **numbers)
 
-    def vector(self, name: str, shape: Sequence[int] = (-1,)) -> Var:
-        """A norm's weight or a bias, in float16."""
-        values = self.weights.vector(name).astype(np.float16).reshape(shape)
-        return self.f.const(self._blob(name, "fp16", values.shape, lambda: values))
+    def vector(self, name: str, kind: Kind = "fp16") -> Var:
+        """A norm's weight or a bias."""
+        values = self.weights.vector(name).astype(_NUMPY[kind])
+        return self.f.const(self._blob(name, kind, values.shape, lambda: values))
 
     def _once(self, name: str) -> "_Once":
         """The weight asked for last is kept for its other parts, and no other."""
@@ -235,18 +245,35 @@ class ProgramOps(ABC):
 
     # operations
 
+    def widened(self, x: Var) -> Var:
+        """As the layout's `wide` kind."""
+        return self._cast(x, self.wide)
+
+    def halved(self, x: Var) -> Var:
+        """As float16, which products of matrices take."""
+        return self._cast(x, "fp16")
+
+    def _cast(self, x: Var, kind: Kind) -> Var:
+        return x if x.kind == kind else self.f.op("cast", kind, x.shape, x=x, dtype=kind)
+
+    def number(self, value: float, kind: Kind) -> np.generic:
+        """A constant to compute with a value of that kind."""
+        return _NUMPY[kind](value)
+
     def unary(self, type: str, x: Var) -> Var:
         return self.f.op(type, x.kind, x.shape, x=x)
 
     def binary(self, type: str, x: Any, y: Any) -> Var:
+        """Of two values of one kind, either of them a constant."""
         shape = np.broadcast_shapes(*(value.shape for value in (x, y)))
-        return self.f.op(type, "fp16", shape, x=x, y=y)
+        kind = next(value.kind for value in (x, y) if isinstance(value, Var))
+        return self.f.op(type, kind, shape, x=x, y=y)
 
     def reduce(self, type: str, x: Var, axis: int) -> Var:
         """Over one axis, which stays with size 1."""
         shape = list(x.shape)
         shape[axis] = 1
-        return self.f.op(type, "fp16", shape, x=x, axes=np.array([axis], np.int32), keep_dims=True)
+        return self.f.op(type, x.kind, shape, x=x, axes=np.array([axis], np.int32), keep_dims=True)
 
     def reshape(self, x: Var, shape: Sequence[int]) -> Var:
         return self.f.op("reshape", x.kind, shape, x=x, shape=np.array(shape, np.int32))
@@ -255,10 +282,10 @@ class ProgramOps(ABC):
         shape = tuple(x.shape[i] for i in order)
         return self.f.op("transpose", x.kind, shape, x=x, perm=np.array(order, np.int32))
 
-    def window(self, table: NDArray[np.float16], begin: Var, shape: Sequence[int]) -> Var:
+    def window(self, table: NDArray[Any], begin: Var, shape: Sequence[int]) -> Var:
         """`shape` elements of a constant from `begin` on, which is only known as it runs."""
-        size = np.array(shape, np.int32)
-        return self.f.op("slice_by_size", "fp16", shape, x=self.f.const(table), begin=begin, size=size)
+        size, held = np.array(shape, np.int32), self.f.const(table)
+        return self.f.op("slice_by_size", held.kind, shape, x=held, begin=begin, size=size)
 
     def slice(self, x: Var, start: int, stop: int) -> Var:
         """Elements [start, stop) of the last dimension."""
@@ -288,6 +315,7 @@ class ProgramOps(ABC):
         return self.f.op("matmul", "fp16", shape, x=x, y=y, transpose_x=False, transpose_y=transpose_y)
 
 
+_NUMPY: dict[Kind, type[np.floating[Any]]] = {"fp16": np.float16, "fp32": np.float32}
 _UNSIGNED: dict[int, Kind] = {2: "uint2", 3: "uint3", 4: "uint4", 6: "uint6", 8: "uint8"}
 
 

@@ -27,7 +27,8 @@ class CoreMLWeights:
     """
 
     def __init__(self, packages: Iterable[Path], arch: Architecture, norm_scale: float = 1.0) -> None:
-        self._shapes, self._norm_scale = dict(arch.matrices()), norm_scale
+        self._shapes, self._lengths = dict(arch.matrices()), dict(arch.vectors())
+        self._norm_scale = norm_scale
         self._operations: dict[str, Operation] = {}
         self._where = ""
         for path in packages:
@@ -75,8 +76,8 @@ class CoreMLWeights:
         return QuantizedTensor(name, scheme, shape, data, joined("scale").astype(np.float32))
 
     def vector(self, name: str) -> NDArray[np.float32]:
-        """A norm's weight or a bias, as float16 has it."""
-        values = _value(self._operation(name), "val").astype(np.float32).reshape(-1)
+        """A norm's weight or a bias, as it is stored; in the Neural Engine's layout a norm's weight is filled up."""
+        values = _value(self._operation(name), "val").astype(np.float32)[: self._lengths[name]]
         return values / np.float32(self._norm_scale) if name.endswith("_norm") else values
 
     def _pieces(self, name: str) -> Iterator[tuple[Operation, int]]:

@@ -37,13 +37,14 @@ class OnnxWeights:
     def matrix(self, name: str) -> QuantizedTensor:
         """A weight matrix with its integers and scales."""
         place, scheme = self._layout[name], self.scheme(name)
+        data: NDArray[Any]
         rows, inputs, bits, group = place["rows"], place["inputs"], scheme.bits, scheme.group
         if not scheme.is_integer:
             kind = np.float16 if bits == 16 else np.float32
             return QuantizedTensor(name, scheme, (rows, inputs), self._rows(place, "", kind, inputs))
         if self._initializers[place["initializer"]].data_type == onnx.TensorProto.INT8:
-            data = self._rows(place, "", np.uint8, inputs) ^ 0x80  # a byte for each, as it is, not q + 128
-            data = pack4(data - np.uint8(120)) if bits == 4 else data
+            whole = self._rows(place, "", np.uint8, inputs) ^ 0x80  # a byte for each, as it is, not q + 128
+            data = pack4((whole - 120).astype(np.uint8)) if bits == 4 else whole
         else:
             data = self._rows(place, "", np.uint8, inputs * bits // 8)
         block = place.get("block", group)

@@ -5,8 +5,12 @@
 
 What is assumed about float16, since Apple does not say how its processors round: an operation on float16 values
 computes in float32, inside it nothing is rounded (sums of products, softmax, variances), and its result is rounded
-once to the dtype that the program declares. A processor that keeps parts in float16, flushes numbers below 2^-14 to
-zero, or fuses operations gives slightly other numbers. What passes 65504 becomes infinite, as it would there.
+once to the dtype that the program declares; compressed weights are rounded to it before they multiply. Others report
+just that of the Neural Engine: products, convolutions and normalization accumulate wider than float16, activations
+are right to half a step (https://ane-guide.readthedocs.io, Numerics; measured on the M1). A GPU accumulates in
+float32 unless MLModelConfiguration.allowLowPrecisionAccumulationOnGPU is set. Of softmax no report is known. A
+processor that keeps parts in float16, flushes numbers below 2^-14 to zero, or fuses operations gives slightly other
+numbers. What passes 65504 becomes infinite, as it would there.
 """
 
 from collections.abc import Iterator, Mapping

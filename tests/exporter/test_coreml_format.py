@@ -1,5 +1,6 @@
 """Core ML packages through the pipeline: written, read back, evaluated off-Mac, held against the reference."""
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +22,12 @@ from exporter.formats.coreml_ane import AneOps
 from exporter.formats.coreml_weights import read_weights
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.scheme import parse_scheme
+from exporter.quantization.tensor import vector_digest
 from exporter.quantization.weights import QuantizedWeights
 from exporter.torch_ops import TorchOps
 from runtimes.bundle import Bundle
 from runtimes.engines import open_engine
+from runtimes.mil.package import open_package
 
 CONTEXT = 96
 SCHEMES = {"gpu": ("fp16", "int8", "int4", "pal4-g8"), "ane": ("fp16", "int8", "pal4-g8")}
@@ -51,7 +54,11 @@ def made(checkpoints, tmp_path_factory) -> Callable[[str, str, str], Bundle]:
 
 @pytest.mark.parametrize(("delegate", "scheme"), CASES)
 def test_packages_agree_with_the_reference(family, delegate, scheme, made):
-    """A prefill of 40 tokens and 32 steps with the cache: the error is float16's, as a share of the logits' range."""
+    """A prefill of 40 tokens and 32 steps with the cache: the error is float16's, as a share of the logits' range.
+
+    Random weights amplify each rounding: over many prompts a step in a thousand passes 1 %. So do some where only
+    the results of the decoder's verbs are rounded to float16, which leaves out what happens within attention.
+    """
     bundle = made(family, delegate, scheme)
     arch = read_architecture(json.loads(bundle.file("config.json").read_text()))
     (variant,) = bundle.manifest.variants
@@ -63,21 +70,62 @@ def test_packages_agree_with_the_reference(family, delegate, scheme, made):
     ours = np.stack([engine.prefill(tokens[:40].tolist()), *(engine.decode(int(t)) for t in tokens[40:])])
     theirs = TorchOps(arch, weights, CONTEXT).run(torch.from_numpy(tokens[None]))[0, 39:].numpy()
     error = np.abs(ours - theirs).max(-1) / np.ptp(theirs)
-    assert error.max() < 0.02  # random weights amplify each rounding to float16
-    assert error.mean() < 0.01
+    assert error.max() < 0.01
+    assert error.mean() < 0.005
     gaps = (theirs.max(-1) - theirs[np.arange(len(theirs)), ours.argmax(-1)]) / np.ptp(theirs)
-    assert gaps.max() < 0.02  # the same token, but for near-ties
+    assert gaps.max() < 0.01  # the same token, but for near-ties
 
 
 @pytest.mark.parametrize(("delegate", "scheme"), CASES)
 def test_a_trained_model_says_the_same(delegate, scheme, made, tmp_path):
-    """pepper: within 1 % of the range, the same greedy tokens, through the gate."""
+    """pepper: within 0.5 % of the range, the same greedy tokens, through the gate."""
     bundle = export("pepper", tmp_path / "out", delegate=delegate, scheme=scheme, context=128)
     checks = {check.name: check for check in bundle.manifest.gate.checks}
     assert bundle.manifest.gate.status == "passed"
-    assert checks["logits"].figures["largest"] < 0.01
+    assert checks["logits"].figures["largest"] < 0.005
     assert checks["tokens"].figures["same"] == checks["tokens"].figures["steps"] == 4 * 64
     assert ("rules" in checks) == (delegate == "ane")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3-partial-rotary"])
+def test_on_the_gpu_only_products_round_to_float16(name, made):
+    """The residual stream, norms and softmax are float32; products of matrices and the KV cache are float16."""
+    bundle = made(name, "gpu", "int4")
+    package = open_package(bundle.file("model.mlpackage"))
+    for function in package.functions.values():
+        kinds: dict[str, set[str]] = {}
+        for operation in function.operations:
+            kinds.setdefault(operation.type, set()).update(kind.dtype.name for _, kind in operation.outputs)
+        assert all(kinds[type] == {"fp16"} for type in ("linear", "matmul", "slice_update"))
+        assert all(kinds[type] == {"fp32"} for type in ("rsqrt", "softmax", "mul", "reduce_mean"))
+        assert kinds["add"] == {"fp32", "int32"}
+        assert {kind.dtype.name for kind in function.states.values()} == {"fp16"}
+    arch = read_architecture(json.loads(bundle.file("config.json").read_text()))
+    weights = read_weights(bundle, bundle.manifest.variants[0], arch)
+    norms = [report for report in bundle.manifest.tensors if report.name.endswith("_norm")]
+    assert len(norms) > arch.layers
+    assert all(vector_digest(weights.vector(norm.name)) == norm.digest for norm in norms)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("gemma2", "int4"), ("llama-biases", "int8"), ("qwen2", "fp16")]
+)
+def test_coremltools_own_loader_finds_the_same_types(name, scheme, made):
+    """It builds each operation of the GPU's layout anew, which checks its arguments, and infers what comes out."""
+    load = importlib.import_module("coremltools.converters.mil.frontend.milproto.load").load
+    tools = importlib.import_module("coremltools")
+    path = made(name, "gpu", scheme).file("model.mlpackage")
+    model = tools.models.MLModel(str(path), skip_model_load=True)
+    spec = model.get_spec()
+    program = load(spec, spec.specificationVersion, model.weights_dir)
+    for function in open_package(path).functions.values():
+        built = program.functions[function.name].operations
+        inferred = {out.name: (out.dtype.__name__, tuple(out.shape)) for o in built for out in o.outputs}
+        declared = {
+            value: (kind.dtype.name, kind.shape) for o in function.operations for value, kind in o.outputs
+        }
+        floats = {value: found for value, found in declared.items() if found[0].startswith("fp")}
+        assert floats == {value: inferred[value] for value in floats}
 
 
 def test_both_functions_share_their_weights(checkpoints, tmp_path):
