@@ -71,8 +71,8 @@ class QdqGraph:
         result = self.builder.emit("MatMul", [x.real, self._weight(weight)])
         return self._quantized(result, self.ranges[step].quantization(16), 16)
 
-    def narrow(self, x: Value, step: str) -> Value:
-        return self._quantized(x.real, self.ranges[step].quantization(8), 8)
+    def narrow(self, x: Value, step: str, bits: int) -> Value:
+        return self._quantized(x.real, self.ranges[step].quantization(bits), bits)
 
     def vector(self, name: str) -> Value:
         if name not in self._data.layout:

@@ -15,6 +15,7 @@ from exporter.quantization.ranges import Range
 V = TypeVar("V")
 
 EMBEDDING, LOGITS, MASK = "embedding", "logits", "mask"  # steps that have a range, as all of a layer's have
+CACHE_BITS = 8  # the NPU multiplies by keys and values of 8 bits, whatever they are stored in
 UNIT, SIGNED_UNIT = Range(0.0, 1.0), Range(-1.0, 1.0)
 
 
@@ -33,8 +34,8 @@ class Graph(Protocol[V]):
     def product(self, x: V, weight: str, step: str) -> V:
         """x @ Wᵀ, W [outputs, inputs] by its canonical name."""
 
-    def narrow(self, x: V, step: str) -> V:
-        """The same values in 8 bits."""
+    def narrow(self, x: V, step: str, bits: int) -> V:
+        """The same values in so many bits."""
 
     def vector(self, name: str) -> V:
         """A norm's weight or a bias."""
@@ -166,8 +167,8 @@ class HexagonOps(Generic[V]):
         arch, name = self.arch, f"layers.{layer}.attention"
         queries = self._rotate(self._heads(q, arch.heads), f"{name}.q")
         keys = self._rotate(self._heads(k, arch.kv_heads), f"{name}.k")
-        keys = self.graph.narrow(self.graph.transpose(keys, (0, 1, 3, 2)), steps(layer).keys)
-        values = self.graph.narrow(self._heads(v, arch.kv_heads), steps(layer).values)
+        keys = self.graph.narrow(self.graph.transpose(keys, (0, 1, 3, 2)), steps(layer).keys, CACHE_BITS)
+        values = self.graph.narrow(self._heads(v, arch.kv_heads), steps(layer).values, CACHE_BITS)
         shape = (1, arch.kv_heads, self.length, arch.head_dim)
         self.graph.output(f"present.{layer}.key", keys, (*shape[:2], arch.head_dim, self.length))
         self.graph.output(f"present.{layer}.value", values, shape)
@@ -195,12 +196,12 @@ class HexagonOps(Generic[V]):
 
     def _keys(self, layer: int, new: V) -> V:
         shape = (1, self.arch.kv_heads, self.arch.head_dim, self.past)
-        past = self.graph.input(f"past_key_values.{layer}.key", shape, steps(layer).keys, bits=8)
+        past = self.graph.input(f"past_key_values.{layer}.key", shape, steps(layer).keys, CACHE_BITS)
         return self.graph.concat([past, new], axis=3)
 
     def _values(self, layer: int, new: V) -> V:
         shape = (1, self.arch.kv_heads, self.past, self.arch.head_dim)
-        past = self.graph.input(f"past_key_values.{layer}.value", shape, steps(layer).values, bits=8)
+        past = self.graph.input(f"past_key_values.{layer}.value", shape, steps(layer).values, CACHE_BITS)
         return self.graph.concat([past, new], axis=2)
 
     def _rotate(self, x: V, step: str) -> V:

@@ -23,7 +23,7 @@ from exporter.torch_ops import look_up, pieces, product
 RULES = (
     Rule("*.attention.keys", partial(Percentile, 99.99)),
     Rule("*.attention.values", partial(Percentile, 99.99)),
-    Rule("*", partial(MinMax, 0.1)),
+    Rule("*", partial(MinMax, 0.25)),
 )
 HIDDEN = 50.0  # what a score loses at least, in logit units, where its key must not be seen
 _BEHIND = 16.0  # how far at least a score so lowered is behind every other: exp(-16) of its weight is left
@@ -63,7 +63,7 @@ class TorchGraph:
         self.observe(step, result)
         return result
 
-    def narrow(self, x: Tensor, step: str) -> Tensor:
+    def narrow(self, x: Tensor, step: str, bits: int) -> Tensor:
         self.observe(step, x)
         return x
 
