@@ -43,7 +43,10 @@ SchemeOption = Annotated[
 ]
 AlgorithmOption = Annotated[str, typer.Option(help="How integers are found: rtn (least error), rtn-absmax.")]
 RecipeOption = Annotated[
-    Path | None, typer.Option(help="A TOML file that says which tensor gets which scheme.", dir_okay=False)
+    str | None,
+    typer.Option(
+        help="Which tensor gets which scheme: a TOML file, or one that is shipped (hexagon-w4a16, hexagon-w8a16)."
+    ),
 ]
 ContextOption = Annotated[int | None, typer.Option(help="Tokens that the graph can hold (default: planned).")]
 FormatOption = Annotated[
@@ -62,6 +65,14 @@ ChipsOption = Annotated[
 ]
 CpuOpsOption = Annotated[
     bool, typer.Option("--allow-cpu-ops", help="Accept operations that the NPU does not take.")
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="For w8a16 and w4a16: a .txt or .jsonl file of the model's kind of text.",
+        dir_okay=False,
+    ),
 ]
 SplitOption = Annotated[
     bool, typer.Option("--split/--no-split", help="Cut a model that is too large for one graph of the NPU.")
@@ -84,6 +95,7 @@ def _help(text: str, *examples: str) -> str:
         "gochu export org/model --revision main --device 'iPhone 16 Pro' --context 2048 -o out/",
         "gochu export pepper --format executorch --delegate vulkan --device 'Galaxy S24' -o out/",
         "gochu export pepper --delegate hexagon --chips sm8550,sm8650 --scheme int4 -o out/",
+        "gochu export pepper --delegate hexagon --device 'Galaxy S23' --recipe hexagon-w4a16 -o out/",
     )
 )
 def export(
@@ -99,6 +111,7 @@ def export(
     chips: ChipsOption = "",
     allow_cpu_ops: CpuOpsOption = False,
     split: SplitOption = True,
+    calibration: CalibrationOption = None,
     revision: RevisionOption = None,
     verify: Annotated[
         bool,
@@ -125,6 +138,7 @@ def export(
             chips=_names(chips),
             allow_cpu_ops=allow_cpu_ops,
             split=split,
+            calibration=calibration,
             revision=revision,
             verify=verify,
             force=force,
@@ -169,6 +183,7 @@ def plan(
     chips: ChipsOption = "",
     allow_cpu_ops: CpuOpsOption = False,
     split: SplitOption = True,
+    calibration: CalibrationOption = None,
     revision: RevisionOption = None,
     as_json: Json = False,
 ) -> None:
@@ -188,6 +203,7 @@ def plan(
             chips=_names(chips),
             allow_cpu_ops=allow_cpu_ops,
             split=split,
+            calibration=calibration,
         )
     if as_json:
         _print_json({"checkpoint": source.name, **made.to_dict()})
@@ -540,12 +556,12 @@ def _names(listed: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
-def _recipe(path: Path | None) -> "Recipe | None":
-    if path is None:
+def _recipe(name: str | None) -> "Recipe | None":
+    if name is None:
         return None
-    from exporter.quantization.recipe import read_recipe
+    from exporter.quantization.recipe import find_recipe
 
-    return read_recipe(path)
+    return find_recipe(name)
 
 
 def _print_json(value: Any) -> None:

@@ -66,6 +66,7 @@ class Effort:
 # differ are nearer than 0.6 %.
 HALF_BOUNDS = Bounds(largest=2e-2, mean=5e-3, tie=1e-2)
 # All in float16, sums too: of tiny random models, single steps reach 1.4 %.
+CORRELATION = 0.999
 NPU_BOUNDS = Bounds(largest=2e-2, mean=1e-2, tie=2e-2)
 FLOAT_BOUNDS = Bounds(largest=1e-3, mean=1e-4, tie=1e-3)  # float32 sums in another order
 
@@ -225,8 +226,11 @@ def _weights(bundle: Bundle, variant: Variant) -> "Weights":
     if variant.format == "onnx":
         from exporter.formats.onnx_weights import OnnxWeights
 
-        sources = variant.compiled.sources if variant.compiled else variant.entry_points
-        return OnnxWeights(*(bundle.file(e.file) for e in sources if not e.name.startswith("prefill")))
+        if variant.compiled is None:
+            return OnnxWeights(path)
+        graphs = {e.name: bundle.file(e.file) for e in variant.compiled.sources}
+        steps = [graph for name, graph in graphs.items() if name.startswith("decode")]
+        return OnnxWeights(*steps, graphs["embed"])
     extras.require("executorch.exir", "executorch")
     from exporter.formats.executorch_weights import ExecuTorchWeights
 
@@ -268,23 +272,33 @@ def _tokens(
     effort = _effort(bundle, variant, arch)
     prompts = list(_prompts(tokenizer, arch, variant.context - effort.tokens))[-effort.prompts :]
     sequences, logits = _generate(bundle, variant, prompts, effort.tokens)
+    ours = np.concatenate(logits)
     rounded, exact = _reference(arch, weights, variant, sequences, [len(prompt) for prompt in prompts])
     spread = np.maximum(exact.max(-1) - exact.min(-1), 1e-6)
+    if variant.compiled:
+        on_cpu = np.concatenate(_teacher_forced(bundle, variant, prompts, sequences, effort.tokens))
+        if any(spec.scale for entry in variant.compiled.sources for spec in entry.inputs):
+            rounded = (
+                on_cpu  # every value is rounded: the same graph, computed by somebody else, is the reference
+            )
+            yield _correlation(ours, on_cpu)
+        else:
+            error = np.abs(on_cpu - exact).max(-1) / spread
+            yield _logits_check("graph", error, FLOAT_BOUNDS, "by the CPU's kernels")
     noise = np.abs(exact - rounded).max(-1) / spread
     bounds = {"coreml": HALF_BOUNDS, "qnn": NPU_BOUNDS}.get(variant.engine, FLOAT_BOUNDS)
-    if noise.any():
+    if noise.any() and not variant.compiled:
         bounds = rounding_bounds(noise)
         if variant.format == "executorch":
             yield _float_twin(variant, arch, weights)
         else:
-            forced = _teacher_forced(bundle, variant, prompts, sequences)
+            forced = _teacher_forced(bundle, variant, prompts, sequences, EXACT_TOKENS)
             starts = np.cumsum([0, *map(len, logits)])
             at = np.concatenate(
                 [start + np.arange(len(rows)) for start, rows in zip(starts, forced, strict=False)]
             )
             error = np.abs(np.concatenate(forced) - exact[at]).max(-1) / spread[at]
             yield _logits_check("graph", error, FLOAT_BOUNDS, "with float activations")
-    ours = np.concatenate(logits)
     gaps = (rounded.max(-1) - rounded[np.arange(len(ours)), ours.argmax(-1)]) / spread
     same, near = int((gaps == 0).sum()), int(((gaps > 0) & (gaps <= bounds.tie)).sum())
     wrong = len(ours) - same - near  # a NaN is neither
@@ -303,6 +317,19 @@ def _tokens(
     )
     how = f"; rounding the activations alone moves them by {noise.mean():.2g}" if noise.any() else ""
     yield _logits_check("logits", np.abs(ours - rounded).max(-1) / spread, bounds, f"as it runs{how}")
+
+
+def _correlation(ours: "np.ndarray", theirs: "np.ndarray") -> Check:
+    """Of the logits of each step, the NPU's and the CPU's."""
+    import numpy as np
+
+    least = min(float(np.corrcoef(a, b)[0, 1]) for a, b in zip(ours, theirs, strict=True))
+    return Check(
+        name="graph",
+        passed=least >= CORRELATION,  # so a NaN fails
+        detail=f"the logits correlate with the same graph's on the CPU by at least {least:.5f} (bound {CORRELATION})",
+        figures={"correlation": least, "bound": CORRELATION},
+    )
 
 
 def _logits_check(name: str, error: "np.ndarray", bounds: Bounds, how: str) -> Check:
@@ -367,18 +394,23 @@ def _generate(
 
 
 def _teacher_forced(
-    bundle: Bundle, variant: Variant, prompts: Sequence[list[int]], sequences: Sequence[list[int]]
+    bundle: Bundle,
+    variant: Variant,
+    prompts: Sequence[list[int]],
+    sequences: Sequence[list[int]],
+    tokens: int,
 ) -> "list[np.ndarray]":
     """Logits [steps, vocab] of the engine without rounding, fed the first tokens that each prompt gave."""
     import numpy as np
 
     from runtimes.engines import open_engine
 
-    engine = open_engine(bundle, variant.name, context=max(map(len, sequences)), exact=True)
+    on = simulator(variant) if variant.compiled else None
+    engine = open_engine(bundle, variant.name, context=max(map(len, sequences)), exact=True, on=on)
     logits = []
     for prompt, sequence in zip(prompts, sequences, strict=True):
         engine.reset()
-        fed = sequence[len(prompt) : -1][: EXACT_TOKENS - 1]
+        fed = sequence[len(prompt) : -1][: tokens - 1]
         logits.append(np.stack([engine.prefill(prompt), *(engine.decode(token) for token in fed)]))
     engine.close()
     return logits

@@ -52,6 +52,7 @@ def export(
     chips: Sequence[str] = (),
     allow_cpu_ops: bool = False,
     split: bool = True,
+    calibration: Path | None = None,
     verify: bool = True,
     force: bool = False,
     progress: Progress = lambda what, done, total: None,
@@ -59,9 +60,9 @@ def export(
     """Export a checkpoint (folder, repository id, or "pepper") to a bundle at `output`, for a device.
 
     What is not given (scheme, format, context in tokens) is planned for the device. `delegate`, `chips`,
-    `allow_cpu_ops`, `split`: what computes beside the CPU (see `exporter.plan.make_plan`). Without `verify` the bundle
-    says of itself that it is unverified. Every error is a GochuError; after one there is no bundle at
-    `output`, or the one that was there before.
+    `allow_cpu_ops`, `split`, `calibration`: what computes beside the CPU (see `exporter.plan.make_plan`). Without
+    `verify` the bundle says of itself that it is unverified. Every error is a GochuError; after one there is no bundle
+    at `output`, or the one that was there before.
     """
     with open_checkpoint(checkpoint, revision) as source:
         arch = source.architecture
@@ -77,6 +78,7 @@ def export(
             chips=chips,
             allow_cpu_ops=allow_cpu_ops,
             split=split,
+            calibration=calibration,
         )
         _require_libraries(plan, verify)
         text = read_text_side(source)
@@ -91,7 +93,7 @@ def export(
 
                 made.append(stage.step(part, write))
             if HEXAGON in plan.delegates:
-                made = _for_hexagon(arch, plan, stage, made, progress)
+                made = _for_hexagon(source, plan, stage, made, progress)
             manifest = _manifest(source, plan, text, stage, made)
             write_whole(stage.folder / MANIFEST, manifest.to_json())
             if verify:
@@ -234,18 +236,18 @@ _WRITERS = {
 
 
 def _for_hexagon(
-    arch: Architecture, plan: Plan, stage: Staging, made: list[Any], progress: Progress
+    source: Checkpoint, plan: Plan, stage: Staging, made: list[Any], progress: Progress
 ) -> list[Any]:
     """A variant for each chip before the CPU's: static graphs over the CPU's weights, and what QNN makes of them."""
     from exporter.formats.onnx import DATA
     from exporter.formats.onnx_hexagon import kv_cache, write_hexagon
     from exporter.npu import hexagon
 
-    (cpu,) = made
+    arch, (cpu,) = source.architecture, made
 
     def write(folder: Path) -> Any:
         progress("write graphs for the NPU", 0, 0)
-        entries, data = write_hexagon(arch, plan, folder, progress)
+        entries, data = write_hexagon(arch, plan, source, folder, progress)
         return {"entries": [entry.model_dump(mode="json") for entry in entries], "data": data}
 
     def compile_all(folder: Path) -> Any:

@@ -4,9 +4,11 @@ The rules are plain: the tables below, the profile's figures, and what `runtimes
 No rule knows a device by its name.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import profiles
@@ -89,7 +91,8 @@ class Plan:
     `delegates`: which compute an ExecuTorch program, a variant for each, the preferred first; `context`: tokens
     that the graph can hold. `warnings`: what the user should know before it starts. `chips`: for which an NPU's graphs
     are compiled, a variant for each; `parts`: the layers of each of these graphs. `allow_cpu_ops`: do not fail where an
-    operation is not on the NPU.
+    operation is not on the NPU. `route`: by which weights reach it (`npu.hexagon`); `calibration`: the text on which
+    ranges of activations are found (None: the one that is shipped).
     """
 
     device: Device | None
@@ -107,6 +110,8 @@ class Plan:
     chips: tuple[Chip, ...] = ()
     parts: tuple[range, ...] = ()
     allow_cpu_ops: bool = False
+    route: str = ""
+    calibration: Path | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """All that determines the exported files, as JSON: equal plans of one model write equal files."""
@@ -122,6 +127,7 @@ class Plan:
             "chips": [chip.id for chip in self.chips],
             "parts": [[part.start, part.stop] for part in self.parts],
             "allow_cpu_ops": self.allow_cpu_ops,
+            "calibration": _digest(self.calibration),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,13 +159,15 @@ def make_plan(
     chips: Sequence[str] = (),
     allow_cpu_ops: bool = False,
     split: bool = True,
+    calibration: Path | None = None,
 ) -> Plan:
     """Decide what is not given, and refuse what cannot be.
 
     `device`: a name, model code or chip that `profiles.find` knows; None plans for this computer, without a
     memory budget. `context` in tokens. `delegate`: what computes instead of the CPU, which it falls back to. `chips`:
     for delegate "hexagon", names of the chips to compile for (default: the device's; "all" is all that take it);
-    `allow_cpu_ops`: accept operations that its NPU does not take; `split`: into several graphs where one is too large.
+    `allow_cpu_ops`: accept operations that its NPU does not take; `split`: into several graphs where one is too large;
+    `calibration`: a text to find ranges of activations on.
 
     Raises:
         PlanRefused: the model does not fit the device's app memory as asked (the message says what would), or
@@ -206,7 +214,10 @@ def make_plan(
         raise PlanRefused(_refusal(arch, target, form, next(iter(offered)), contexts, context))
     asked = context is not None
     plan = _plan(arch, target, form, delegates, chosen, why_format, offered[chosen.recipe], asked)
-    return _for_hexagon(arch, plan, compiled_for, allow_cpu_ops, split) if HEXAGON in delegates else plan
+    if HEXAGON not in delegates:
+        return plan
+    plan = replace(plan, allow_cpu_ops=allow_cpu_ops, calibration=calibration)
+    return _for_hexagon(arch, plan, compiled_for, split)
 
 
 def _format(
@@ -585,9 +596,17 @@ def _route(decisions: Iterable[Decision]) -> str:
     return hexagon.QUANTIZED if hexagon.QUANTIZED in routes else hexagon.PORTABLE
 
 
-def _for_hexagon(
-    arch: Architecture, plan: Plan, chips: tuple[Chip, ...], allow_cpu_ops: bool, split: bool
-) -> Plan:
+def _digest(file: Path | None) -> str | None:
+    """What a file that the user gives holds; RecipeError if it cannot be read."""
+    if file is None:
+        return None
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise RecipeError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _for_hexagon(arch: Architecture, plan: Plan, chips: tuple[Chip, ...], split: bool) -> Plan:
     """A plan with what the NPU's compiler is told: for which chips, in how many graphs."""
     schemes = {name: decision.scheme for name, decision in plan.decisions.items()}
     for chip in chips:
@@ -609,10 +628,20 @@ def _for_hexagon(
         ),
         Choice(topic="graphs", value=f"{len(parts)} for each entry point", reason=why_split),
     ]
-    if allow_cpu_ops:
+    route = _route(plan.decisions.values())
+    if route == hexagon.QUANTIZED:
+        text = plan.calibration.name if plan.calibration else "a text in Korean, English and code"
+        choices.append(
+            Choice(
+                topic="calibration",
+                value=text,
+                reason="the range of each activation is found on it before; the KV cache has 8 bits",
+            )
+        )
+    if plan.allow_cpu_ops:
         why = "as asked for: operations that the NPU does not take may run on the CPU"
         choices.append(Choice(topic="CPU operations", value="allowed", reason=why))
-    return replace(plan, choices=tuple(choices), chips=chips, parts=parts, allow_cpu_ops=allow_cpu_ops)
+    return replace(plan, choices=tuple(choices), chips=chips, parts=parts, route=route)
 
 
 def _layout(device: Device | None, delegate: str) -> str:

@@ -73,7 +73,7 @@ class OnnxOps:
     # the verbs
 
     def embed(self, tokens: Value, weight: str) -> Value:
-        scheme, ids = self.weights.scheme(weight), self._name(tokens)
+        scheme, ids = self.weights.scheme(weight), self.name(tokens)
         place = self._place([weight])
         stored, rows_, inputs = place["initializer"], place["rows"], place["inputs"]
         if not scheme.is_integer:
@@ -97,7 +97,7 @@ class OnnxOps:
         )
 
     def scale(self, x: Value, factor: float) -> Value:
-        return self.g.emit("Mul", [self._name(x), self.g.scalar(factor)])
+        return self.g.emit("Mul", [self.name(x), self.g.scalar(factor)])
 
     def add(self, x: Value, y: Value) -> Value:
         return Sum(x, y)
@@ -108,14 +108,14 @@ class OnnxOps:
             normed, x.name = self.g.fresh(), self.g.fresh()
             self.g.node(
                 "SkipSimplifiedLayerNormalization",
-                [self._name(x.left), self._name(x.right), gamma],
+                [self.name(x.left), self.name(x.right), gamma],
                 [normed, "", "", x.name],
                 domain=CONTRIB,
                 epsilon=self.arch.norm_eps,
             )
             return normed
         return self.g.emit(
-            "SimplifiedLayerNormalization", [self._name(x), gamma], epsilon=self.arch.norm_eps, axis=-1
+            "SimplifiedLayerNormalization", [self.name(x), gamma], epsilon=self.arch.norm_eps, axis=-1
         )
 
     def linear(self, x: Value, weight: str) -> Value:
@@ -126,7 +126,7 @@ class OnnxOps:
 
     def attention(self, q: Value, k: Value, v: Value, layer: int) -> Value:
         packed = self._packed([q, k, v])
-        qkv = [packed, "", ""] if packed else [self._name(q), self._name(k), self._name(v)]
+        qkv = [packed, "", ""] if packed else [self.name(q), self.name(k), self.name(v)]
         out = self.g.fresh()
         self.g.node(
             "GroupQueryAttention",
@@ -148,7 +148,7 @@ class OnnxOps:
         return out
 
     def gated(self, gate: Value, up: Value) -> Value:
-        g, u = self._name(gate), self._name(up)
+        g, u = self.name(gate), self.name(up)
         if self.arch.activation == "silu":
             active = self.g.emit("QuickGelu", [g], domain=CONTRIB, alpha=1.0)
         else:
@@ -161,13 +161,11 @@ class OnnxOps:
         if isinstance(x, Sum) and x.name is None:
             return Sum(self.last(x.left), self.last(x.right))
         index = self._data.constant("last", np.array([-1], np.int64))
-        return self.g.emit("Gather", [self._name(x), index], axis=1)
+        return self.g.emit("Gather", [self.name(x), index], axis=1)
 
     def softcap(self, x: Value, cap: float) -> Value:
         factor = self.g.scalar(cap)
-        return self.g.emit(
-            "Mul", [self.g.emit("Tanh", [self.g.emit("Div", [self._name(x), factor])]), factor]
-        )
+        return self.g.emit("Mul", [self.g.emit("Tanh", [self.g.emit("Div", [self.name(x), factor])]), factor])
 
     # products
 
@@ -196,7 +194,7 @@ class OnnxOps:
         if bits <= 8 and block:
             y = self.g.emit(
                 "MatMulNBits",
-                [self._name(x), stored, f"{stored}.scales"],
+                [self.name(x), stored, f"{stored}.scales"],
                 domain=CONTRIB,
                 K=inputs,
                 N=outputs,
@@ -214,7 +212,7 @@ class OnnxOps:
         """A product by plain floats, or by integers whose scales are applied to the result."""
         # A Cast of a constant is done once, as the model is loaded; DequantizeLinear would be for each token
         weight = stored if bits == 32 else self.g.emit("Cast", [stored], to=TensorProto.FLOAT)
-        return self.g.emit("FusedMatMul", [self._name(x), weight], domain=CONTRIB, transB=1)
+        return self.g.emit("FusedMatMul", [self.name(x), weight], domain=CONTRIB, transB=1)
 
     # weights
 
@@ -285,7 +283,7 @@ class OnnxOps:
 
     def output(self, value: Value, name: str) -> None:
         """A value that the graph gives, under this name."""
-        self.g.rename(self._name(value), name)
+        self.g.rename(self.name(value), name)
 
     def rope_table(self, name: str) -> str:
         """Cosines ("cos") or sines of the rotary embedding's angles, [context, dim/2]."""
@@ -294,14 +292,14 @@ class OnnxOps:
 
     # values put off
 
-    def _name(self, value: Value) -> str:
+    def name(self, value: Value) -> str:
         """The name of a value, emitting what was put off."""
         if isinstance(value, Sum):
             if value.name is None:
-                value.name = self.g.emit("Add", [self._name(value.left), self._name(value.right)])
+                value.name = self.g.emit("Add", [self.name(value.left), self.name(value.right)])
             return value.name
         if isinstance(value, Linear):
-            return self._name(self.linear(value.x, value.weight))
+            return self.name(self.linear(value.x, value.weight))
         return value
 
 

@@ -47,7 +47,7 @@ class SpelledGraph:
     def product(self, x: str, weight: str, step: str) -> str:
         return self._ops.product(x, [weight])
 
-    def narrow(self, x: str, step: str) -> str:
+    def narrow(self, x: str, step: str, bits: int) -> str:
         return self._g.emit("Identity", [x])  # a value of its own: it becomes an output
 
     def vector(self, name: str) -> str:

@@ -9,6 +9,7 @@ addition into the norm). `prefill` has no head: the last token of a prompt goes 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from onnx import TensorProto
 
 from exporter import decoder
@@ -28,12 +29,12 @@ class StaticOps(OnnxOps):
     """`OnnxOps` without what the HTP does not take."""
 
     def add(self, x: Value, y: Value) -> Value:
-        return self.g.emit("Add", [self._name(x), self._name(y)])
+        return self.g.emit("Add", [self.name(x), self.name(y)])
 
     def _unpacked(self, x: Value, stored: str, bits: int) -> str:
         """A product by plain floats: the HTP has no FusedMatMul, and a constant's transpose is done once."""
         weight = stored if bits == 32 else self.g.emit("Cast", [stored], to=TensorProto.FLOAT)
-        return self.g.emit("MatMul", [self._name(x), self.g.emit("Transpose", [weight], perm=[1, 0])])
+        return self.g.emit("MatMul", [self.name(x), self.g.emit("Transpose", [weight], perm=[1, 0])])
 
 
 def write_static(
@@ -57,16 +58,27 @@ def write_static(
     return tuple(entries)
 
 
-def write_embedding(arch: Architecture, weights: Weights, folder: Path) -> EntryPoint:
-    """A graph for the CPU, token ids -> hidden states, over the bytes of the CPU's graph."""
+def write_embedding(
+    arch: Architecture, weights: Weights, folder: Path, wanted: TensorSpec | None = None
+) -> EntryPoint:
+    """A graph for the CPU, token ids -> hidden states, over the bytes of the CPU's graph.
+
+    `wanted`: the input that takes them, where that is integers.
+    """
+    hidden = TensorSpec(name="hidden", dtype="float32", shape=(1, "length", arch.hidden))
+    ops = OnnxOps(arch, weights, 0, DataFile.of(folder / GRAPH), last_only=False)
+    rows = decoder.embedding(ops, arch, "input_ids")
+    if wanted is not None and wanted.scale is not None:
+        hidden = wanted.model_copy(update={"shape": hidden.shape})
+        zero = ops.g.data.constant("hidden.zero_point", np.array(wanted.zero_point, wanted.dtype))
+        rows = ops.g.emit("QuantizeLinear", [ops.name(rows), ops.g.scalar(wanted.scale), zero])
+    ops.output(rows, "hidden")
     entry = EntryPoint(
         name="embed",
         file=EMBEDDING,
         inputs=(TensorSpec(name="input_ids", dtype="int64", shape=(1, "length")),),
-        outputs=(TensorSpec(name="hidden", dtype="float32", shape=(1, "length", arch.hidden)),),
+        outputs=(hidden,),
     )
-    ops = OnnxOps(arch, weights, 0, DataFile.of(folder / GRAPH), last_only=False)
-    ops.output(decoder.embedding(ops, arch, "input_ids"), "hidden")
     save(ops.g.model("embedding", entry.inputs, entry.outputs, OPSET, IR), folder / EMBEDDING)
     return entry
 
@@ -87,7 +99,7 @@ def _write_part(
     else:
         graph = SpelledGraph(ops)
         head = name.startswith("decode") and layers.stop == arch.layers
-        HexagonOps(graph, arch, length=length, context=context).run(layers, head)
+        HexagonOps[str](graph, arch, length=length, context=context).run(layers, head)
         model = graph.model(name)
         inputs, outputs = tuple(graph.inputs.values()), tuple(graph.outputs.values())
         entry = EntryPoint(name=name, file=f"{name}.onnx", inputs=inputs, outputs=outputs)

@@ -25,15 +25,23 @@ _HIDDEN = -1e3  # added to a score in float16 that must not count: exp makes 0 o
 def load(
     bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int, exact: bool = False
 ) -> "QnnEngine":
-    """Open a variant for a Hexagon NPU. `exact` changes nothing: what is rounded is part of the graphs."""
-    return QnnEngine(bundle, variant, choice, context=context, threads=threads)
+    """Open a variant for a Hexagon NPU. `exact`: the same graphs by the CPU's kernels, which tells what is the NPU's
+    rounding from what is the graph's."""
+    return QnnEngine(bundle, variant, choice, context=context, threads=threads, exact=exact)
 
 
 class QnnEngine(Session):
     """The verbs of `runtimes.engines.Engine` over sessions on the NPU, real or simulated."""
 
     def __init__(
-        self, bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int
+        self,
+        bundle: Bundle,
+        variant: Variant,
+        choice: Choice,
+        *,
+        context: int,
+        threads: int,
+        exact: bool = False,
     ) -> None:
         compiled = variant.compiled
         if compiled is None:
@@ -41,13 +49,18 @@ class QnnEngine(Session):
         self.choice, self.context, self.threads = choice, context, threads
         self.vocab = bundle.manifest.model.vocab
         chip = qnn.Chip(compiled.chip, compiled.arch)
-        entries = compiled.sources if qnn.simulated() else variant.entry_points
-        place = "simulated" if qnn.simulated() else "NPU"
+        simulated = exact or qnn.simulated()
+        entries = compiled.sources if simulated else variant.entry_points
+        place = "on the CPU" if exact else "simulated" if simulated else "NPU"
         self._version = f"{qnn.version()}, {', '.join(variant.chips)} ({compiled.arch}, {place})"
         self._room = variant.context
         self._embed: Any = qnn.open_on_cpu(bundle.file(_only(entries, "embed").file))
         self._prefill, self._decode = (
-            [_Part(bundle, entry, chip) for entry in entries if entry.name.partition(".")[0] == name]
+            [
+                _Part(bundle, entry, None if exact else chip)
+                for entry in entries
+                if entry.name.partition(".")[0] == name
+            ]
             for name in ("prefill", "decode")
         )
         if not self._prefill or not self._decode:
@@ -107,9 +120,9 @@ class QnnEngine(Session):
 
 
 class _Part:
-    """A graph: some layers, for a number of tokens."""
+    """A graph: some layers, for a number of tokens; on a chip's NPU, or on the CPU without one."""
 
-    def __init__(self, bundle: Bundle, entry: EntryPoint, chip: qnn.Chip) -> None:
+    def __init__(self, bundle: Bundle, entry: EntryPoint, chip: qnn.Chip | None) -> None:
         self.inputs = {spec.name: spec for spec in entry.inputs}
         self.outputs = {spec.name: spec for spec in entry.outputs}
         self.past = [spec for spec in entry.inputs if spec.name.startswith("past_key_values")]
@@ -127,7 +140,7 @@ class _Part:
         return self._opened
 
     def _open(self) -> Any:
-        session = qnn.open_session(self._path, self._chip)
+        session = qnn.open_session(self._path, self._chip) if self._chip else qnn.open_on_cpu(self._path)
         found = {node.name for node in (*session.get_inputs(), *session.get_outputs())}
         if strange := sorted(found ^ {*self.inputs, *self.outputs}):
             raise EngineError(

@@ -171,7 +171,7 @@ class LateErf(StaticOps):
     """The same in the head alone, where QNN compiles what is around it."""
 
     def softcap(self, x: Any, cap: float) -> str:
-        return self.g.emit("Erf", [self._name(x)])
+        return self.g.emit("Erf", [self.name(x)])
 
     def linear(self, x: Any, weight: str) -> Any:
         y = super().linear(x, weight)
