@@ -215,6 +215,12 @@ def _tokenizer(bundle: Bundle, tokenizer: Tokenizer) -> Check:
     return Check(name="tokenizer", passed=not wrong, detail=detail)
 
 
+def _is_quantized(variant: Variant) -> bool:
+    """Whether the values that flow through the graphs are integers."""
+    sources = variant.compiled.sources if variant.compiled else ()
+    return any(spec.scale is not None for entry in sources for spec in entry.inputs)
+
+
 def _weights(bundle: Bundle, variant: Variant) -> "Weights":
     """The weights as the variant's own files hold them."""
     path = bundle.file(variant.entry_points[0].file)
@@ -224,12 +230,15 @@ def _weights(bundle: Bundle, variant: Variant) -> "Weights":
 
         return read_weights(bundle, variant, arch)
     if variant.format == "onnx":
-        from exporter.formats.onnx_weights import OnnxWeights
+        from exporter.formats.onnx import GRAPH
+        from exporter.formats.onnx_weights import OnnxWeights, QdqWeights
 
         if variant.compiled is None:
             return OnnxWeights(path)
         graphs = {e.name: bundle.file(e.file) for e in variant.compiled.sources}
         steps = [graph for name, graph in graphs.items() if name.startswith("decode")]
+        if _is_quantized(variant):
+            return QdqWeights(OnnxWeights(bundle.file(GRAPH)), *steps)
         return OnnxWeights(*steps, graphs["embed"])
     extras.require("executorch.exir", "executorch")
     from exporter.formats.executorch_weights import ExecuTorchWeights
@@ -277,7 +286,7 @@ def _tokens(
     spread = np.maximum(exact.max(-1) - exact.min(-1), 1e-6)
     if variant.compiled:
         on_cpu = np.concatenate(_teacher_forced(bundle, variant, prompts, sequences, effort.tokens))
-        if any(spec.scale for entry in variant.compiled.sources for spec in entry.inputs):
+        if _is_quantized(variant):
             rounded = (
                 on_cpu  # every value is rounded: the same graph, computed by somebody else, is the reference
             )
