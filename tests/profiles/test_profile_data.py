@@ -153,11 +153,14 @@ def test_the_exported_names() -> None:
         "AmbiguousDevice",
         "Chip",
         "Device",
+        "Observation",
         "ProfileError",
         "UnknownDevice",
         "chips",
         "devices",
         "find",
+        "observations",
+        "search",
     ]
     assert all(hasattr(profiles, name) for name in profiles.__all__)
     with pytest.raises(AttributeError, match="phones"):
