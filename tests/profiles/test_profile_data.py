@@ -107,7 +107,7 @@ def test_chip_properties() -> None:
     chip = profiles.find("galaxy-s24-ultra").soc
     assert chip.bandwidth_bytes_per_s == pytest.approx(76.8e9)
     assert chip.performance_cores == 6
-    bare = next(known for known in profiles.chips() if known.id == "mt6991")
+    bare = next(known for known in profiles.chips() if known.id == "agx-orin")
     assert bare.bandwidth_bytes_per_s is None
     assert bare.performance_cores is None
 
