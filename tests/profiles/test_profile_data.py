@@ -52,7 +52,8 @@ def test_the_shipped_files_are_all_read() -> None:
     assert {device.id for device in profiles.devices()} == {
         file.stem for file in (HOME / "devices").glob("*.toml")
     }
-    assert len(profiles.devices()) >= 40
+    assert len(profiles.devices()) >= 100
+    assert len(profiles.chips()) >= 50
 
 
 def test_each_device_has_a_chip_memory_and_a_reason() -> None:

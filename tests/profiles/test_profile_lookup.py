@@ -76,8 +76,13 @@ from profiles import AmbiguousDevice, UnknownDevice
         # a chip that one device has
         ("Exynos 2500", "galaxy-z-flip7"),
         ("s5e9955", "galaxy-z-flip7"),
-        ("apple-a19", "iphone-17"),
-        ("Apple M2", "macbook-air-m2"),
+        ("mt6991", "vivo-x200"),
+        ("Dimensity 9300", "vivo-x100"),
+        ("SA8295", "sa8295p-car"),
+        # what a farm calls it
+        ("Snapdragon X Elite CRD", "snapdragon-x-elite-laptop"),
+        ("Samsung Galaxy S22 5G", "galaxy-s22-snapdragon"),
+        ("Google Pixel 10 Pro XL-16.0", "pixel-10-pro-xl"),
     ],
 )
 def test_found(name: str, device: str) -> None:
@@ -100,6 +105,8 @@ def test_found(name: str, device: str) -> None:
         ("sm8650", ["Galaxy S24 Ultra (galaxy-s24-ultra)", "OnePlus 12 (oneplus-12)"]),
         ("Snapdragon 8 Elite", ["galaxy-s25", "galaxy-s25-ultra"]),
         ("Tensor G4", ["Pixel 9 (pixel-9)", "Pixel 9 Pro (pixel-9-pro)"]),
+        ("iPad Pro M4", ["several profiles", "iPad16,3, iPad16,4", "'ipad-pro-11-m4' or 'ipad-pro-13-m4'"]),
+        ("Galaxy S26+", ["SM-S947B, SM-S947N -> Exynos 2600", "SM-S947U"]),
     ],
 )
 def test_ambiguous(name: str, said: list[str]) -> None:
@@ -119,7 +126,7 @@ def test_ambiguous(name: str, said: list[str]) -> None:
         ("아이폰16플로", "'아이폰 16 프로'"),
         ("Pixel 9 Porch", "'Pixel 9 Pro'"),
         ("SM-S921X", "'SM-S921N'"),
-        ("iPhone17,9", "'iPhone17,1'"),
+        ("iPhone17,9", "'iPhone17,5'"),
         ("iPhone 20", "'iPhone 17'"),
         ("One Plus 21", "'OnePlus 12'"),
     ],
@@ -141,8 +148,8 @@ def test_near_miss(name: str, offered: str) -> None:
         ("qqqqqqqq", "GOCHU_PROFILES"),
         ("SM-S928N and a case", "No device profile answers"),
         ("SM-S921B/or another", "No device profile answers"),
-        ("mt6989", "no device profile has"),
-        ("Dimensity 9400", "no device profile has"),
+        ("mt6983", "no device profile has"),
+        ("Snapdragon 888", "no device profile has"),
         ("x" * 10_000, "xxx..."),
     ],
 )
