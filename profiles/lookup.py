@@ -36,20 +36,15 @@ def search(
     query: str, devices: tuple[Device, ...], chips: tuple[Chip, ...], chip: str, npu: str, ram_gib: float
 ) -> tuple[Device, ...]:
     """See `profiles.search`."""
-    wanted = _chips(chip, chips) if chip else chips
+    key, wanted = normalized(query), _chips(chip, chips) if chip else chips
+    named = [device for device in devices if any(key in normalized(label) for label in _labels(device))]
     found = [
         device
-        for device in devices
-        if device.soc in wanted
-        and (not npu or _has_npu(device.soc, npu))
-        and device.memory.ram_gib >= ram_gib
+        for device in named or [find(query, devices, chips)]
+        if device.soc in wanted and (not npu or _has_npu(device.soc, npu)) and device.memory.ram_gib >= ram_gib
     ]
-    key = normalized(query)
-    named = [device for device in found if any(key in normalized(label) for label in _labels(device))]
-    if named:
-        return tuple(named)
-    if key and (one := find(query, devices, chips)) in found:
-        return (one,)
+    if found:
+        return tuple(found)
     asked = [
         f"{what} {_quoted(value)}" for what, value in (("name", query), ("chip", chip), ("NPU", npu)) if value
     ]
