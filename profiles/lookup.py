@@ -41,7 +41,9 @@ def search(
     found = [
         device
         for device in named or [find(query, devices, chips)]
-        if device.soc in wanted and (not npu or _has_npu(device.soc, npu)) and device.memory.ram_gib >= ram_gib
+        if device.soc in wanted
+        and (not npu or _has_npu(device.soc, npu))
+        and device.memory.ram_gib >= ram_gib
     ]
     if found:
         return tuple(found)

@@ -219,7 +219,9 @@ class MeasuredMemory(Frozen):
 
 
 class Versions(Frozen):
-    """Major versions of the operating system: the one it was sold with and the last that it has or is promised."""
+    """Versions of the operating system: the one it was sold with, and the last that the source knows it to have
+    or to be promised.
+    """
 
     first: Version | None = None
     last: Version | None = None
