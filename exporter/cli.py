@@ -215,24 +215,50 @@ def plan(
 
 @app.command(
     help=_help(
-        "List the devices that Gochu knows, all or those that a query matches.",
+        "List the devices that Gochu knows: all, or those that meet what is asked; or show what is known of one.",
         "gochu devices",
-        "gochu devices galaxy --json",
+        "gochu devices galaxy --chip sm8650 --json",
+        "gochu devices --npu hexagon-v75 --ram-at-least 12GB",
+        'gochu devices show "갤럭시 S24 울트라"',
+        "gochu devices show iPhone17,1 --json",
     )
 )
 def devices(
-    query: Annotated[str, typer.Argument(help="Part of a name, model code or chip.")] = "",
+    query: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[QUERY | show NAME]", help="Part of a name, model code or chip."),
+    ] = None,
+    chip: Annotated[str, typer.Option(help="With this chip: its name, its id, or a part of them.")] = "",
+    npu: Annotated[
+        str, typer.Option(help="With this NPU: hexagon, v75, ane, exynos, apu, tpu, or its name.")
+    ] = "",
+    ram_at_least: Annotated[
+        str, typer.Option(metavar="SIZE", help="With so much RAM as it is sold by, such as 8GB.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     import profiles
+    from exporter.errors import UsageError
 
-    def matches(device: profiles.Device) -> bool:
-        words = (device.name, device.id, device.soc.name, device.soc.id, *device.aliases, *device.model_codes)
-        return any(query.casefold() in word.casefold() for word in words)
+    words = query or []
+    if words[:1] == ["show"]:
+        if chip or npu or ram_at_least or len(words) == 1:
+            raise UsageError(
+                "`gochu devices show` takes the name of one device and no filter, such as "
+                "`gochu devices show 'Galaxy S24 Ultra'`"
+            )
+        device = profiles.find(" ".join(words[1:]))
+        if as_json:
+            figures = ("ram_bytes", "app_memory_bytes", "entitled_app_memory_bytes", "app_memory_reason")
+            _print_json(
+                {**device.model_dump(mode="json"), **{name: getattr(device, name) for name in figures}}
+            )
+            return
+        from exporter import console
 
-    found = [device for device in profiles.devices() if matches(device)]
-    if not found:
-        found = [profiles.find(query)]  # says what is near
+        console.show_device(device)
+        return
+    found = profiles.search(" ".join(words), chip=chip, npu=npu, ram_at_least_gib=_gib(ram_at_least))
     if as_json:
         _print_json(
             [
@@ -242,6 +268,7 @@ def devices(
                     "aliases": device.aliases,
                     "os": device.os,
                     "chip": device.soc.id,
+                    "npu": device.soc.npu.family if device.soc.npu else None,
                     "model_codes": device.model_codes,
                     "ram_bytes": device.ram_bytes,
                     "app_memory_bytes": device.app_memory_bytes,
@@ -253,6 +280,20 @@ def devices(
     from exporter import console
 
     console.show_devices(found)
+
+
+def _gib(size: str) -> float:
+    """The RAM that "8", "8GB" or "8 GiB" names: phones are sold by GB and have GiB."""
+    from exporter.errors import UsageError
+
+    number = size.upper().replace(" ", "").removesuffix("B").removesuffix("I").removesuffix("G")
+    try:
+        value = float(number or 0)
+    except ValueError:
+        value = -1
+    if not 0 <= value < float("inf"):
+        raise UsageError(f"{size!r} is no size of RAM; give one such as 8GB")
+    return value
 
 
 @app.command(

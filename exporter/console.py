@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from exporter.plan import Plan
     from profiles import Device
     from runtimes.bundle import Bundle, Choice, Gate, Variant
+
+_FARMS = {
+    "ai_hub": "Qualcomm AI Hub",
+    "device_farm": "AWS Device Farm",
+    "firebase": "Firebase Test Lab",
+    "browserstack": "BrowserStack",
+}
 
 console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
 
@@ -118,16 +126,64 @@ def _anywhere(variant: "Variant") -> str:
 
 def show_devices(devices: Iterable["Device"]) -> None:
     """Profiles, a line each."""
-    table = _table("", "device", "chip", "memory", "an app may use", "model codes")
+    table = _table("", "device", "chip", "NPU", "memory", "an app may use", "model codes")
     for device in devices:
         table.add_row(
             device.name,
             device.soc.name,
+            device.soc.npu.family if device.soc.npu else "",
             f"{device.ram_bytes / 2**30:.0f} GiB",
             f"{device.app_memory_bytes / 2**30:.1f} GiB",
             ", ".join(device.model_codes),
         )
     console.print(table)
+
+
+def show_device(device: "Device") -> None:
+    """One profile: each figure beside its source; what is not known is not in it."""
+    console.print(f"{device.name} ({device.id}): {', '.join(device.aliases)}", style="bold", markup=False)
+    table = _table("", "what", "figure", "source")
+    table.columns[-1].overflow = "fold"  # an address cut short leads nowhere
+    for row in _facts(device):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    for note in filter(None, (device.note, device.soc.note)):
+        console.print(f"note: {note}", markup=False)
+
+
+def _facts(device: "Device") -> Iterator[tuple[str, str, str]]:
+    chip, npu, types = device.soc, device.soc.npu, device.soc.number_types
+    versions, farms = device.versions, device.farms
+    if device.models:
+        market = f" ({device.market})" if device.market else ""
+        yield "model codes", ", ".join(device.model_codes) + market, device.models.source
+    yield "memory", f"{device.memory.ram_gib:g} GiB", device.memory.source
+    yield "an app may use", f"{device.app_memory_bytes / 2**30:.1f} GiB", device.app_memory_reason
+    if versions:
+        yield "system", f"{device.os} {versions.first or '?'} to {versions.last or '?'}", versions.source
+    for farm, title in _FARMS.items():
+        if farms and (names := getattr(farms, farm)):
+            yield title, ", ".join(names), farms.source
+    yield "chip", f"{chip.vendor} {chip.name} ({chip.id})", ""
+    if chip.ro_soc_model:
+        yield "ro.soc.model", ", ".join(chip.ro_soc_model.names), chip.ro_soc_model.source
+    if chip.cpu:
+        cores = ", ".join(
+            f"{c.count} x {c.core}" + (f" {c.ghz:g} GHz" if c.ghz else "") for c in chip.cpu.clusters
+        )
+        yield "CPU", cores, chip.cpu.source
+    if chip.dram:
+        yield "DRAM", f"{chip.dram.gb_per_s:g} GB/s", chip.dram.source
+    if npu:
+        known = npu.model_dump(exclude={"kind", "name", "source"}, exclude_none=True)
+        yield "NPU", ", ".join([npu.name, *(f"{key} {value}" for key, value in known.items())]), npu.source
+    if types:
+        weights, activations = " ".join(types.weights), " ".join(types.activations)
+        source = f"{types.source}. {types.note}" if types.note else types.source
+        yield "number types", f"weights {weights}; activations {activations}", source
+    if chip.gpu:
+        tops = f", {chip.gpu.tops:g} tops" if chip.gpu.tops else ""
+        yield "GPU", f"{chip.gpu.name}{tops}", chip.gpu.source
 
 
 def show_score(score: "Score") -> None:

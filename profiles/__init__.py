@@ -14,12 +14,30 @@ from typing import TYPE_CHECKING, Any
 from profiles.errors import AmbiguousDevice, ProfileError, UnknownDevice
 
 if TYPE_CHECKING:
-    from profiles.loader import chips, devices, find
+    from profiles.loader import chips, devices, find, observations, search
     from profiles.model import Chip, Device
+    from profiles.observation import Observation
 
-__all__ = ["AmbiguousDevice", "Chip", "Device", "ProfileError", "UnknownDevice", "chips", "devices", "find"]
+__all__ = [
+    "AmbiguousDevice",
+    "Chip",
+    "Device",
+    "Observation",
+    "ProfileError",
+    "UnknownDevice",
+    "chips",
+    "devices",
+    "find",
+    "observations",
+    "search",
+]
 
-_HOME = {"Chip": "model", "Device": "model", "chips": "loader", "devices": "loader", "find": "loader"}
+_HOME = {
+    "Chip": "model",
+    "Device": "model",
+    "Observation": "observation",
+    **dict.fromkeys(("chips", "devices", "find", "observations", "search"), "loader"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,14 +1,15 @@
-"""Reads the profiles: socs/<id>.toml one per chip, devices/<id>.toml one per device, and memory.toml, the
-memory rule of each operating system, all beside this file.
+"""Reads the profiles: socs/<id>.toml one per chip, devices/<id>.toml one per device, observations/<source>.toml
+with what others measured on them; memory.toml, the memory rule of each operating system, and npus.toml, the
+number types of each NPU, all beside this file.
 
-The environment variable GOCHU_PROFILES may name a folder with further socs/ and devices/ under the same
-rules.
+The environment variable GOCHU_PROFILES may name a folder with further socs/, devices/ and observations/ under
+the same rules.
 """
 
 import os
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
@@ -21,10 +22,11 @@ from pydantic_core import ErrorDetails
 
 from profiles import lookup
 from profiles.errors import ProfileError
-from profiles.model import Chip, ChipProfile, Device, DeviceProfile, MemoryRule
+from profiles.model import Chip, ChipProfile, Device, DeviceProfile, MemoryRule, NumberTypes
+from profiles.observation import Observation, Publication
 
 FOLDER_VARIABLE = "GOCHU_PROFILES"
-SOCS, DEVICES = "socs", "devices"
+SOCS, DEVICES, OBSERVATIONS = "socs", "devices", "observations"
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -54,9 +56,32 @@ def chips() -> tuple[Chip, ...]:
     return tuple(chip for _, chip in sorted(_catalogue().chips.items()))
 
 
+def search(
+    query: str = "", *, chip: str = "", npu: str = "", ram_at_least_gib: float = 0
+) -> tuple[Device, ...]:
+    """The devices, by id, that have all that is asked: `query` in a name, alias, model code, farm's name or chip;
+    `chip` by name or id, or by a part of it; `npu` by kind ("ane"), family ("hexagon-v75", "v75") or name.
+
+    Raises:
+        UnknownDevice: there is none; the message says what is near, or which of the conditions nothing meets.
+        ProfileError: as `find`.
+    """
+    return lookup.search(query, devices(), chips(), chip, npu, ram_at_least_gib)
+
+
+def observations() -> tuple[Observation, ...]:
+    """What others measured and published, a figure each, in the order of the files; those of the user's folder
+    included. Raises ProfileError as `find` does."""
+    catalogue, found = _catalogue(), list(_shipped_observations())
+    if folder := _user_folder():
+        found += _observations(folder, catalogue)
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Catalogue:
     rules: dict[str, MemoryRule]
+    number_types: dict[str, NumberTypes]
     chips: dict[str, Chip] = field(default_factory=dict)
     devices: dict[str, Device] = field(default_factory=dict)
 
@@ -65,7 +90,8 @@ class Catalogue:
         chips, devices = dict(self.chips), dict(self.devices)
         for identity, file in _profiles(folder, SOCS, known=self.chips):
             chip = _validate(ChipProfile, _read(file), file)
-            chips[identity] = Chip(id=identity, **dict(chip))
+            types = self.number_types.get(chip.npu.family) if chip.npu else None
+            chips[identity] = Chip(id=identity, number_types=types, **dict(chip))
         for identity, file in _profiles(folder, DEVICES, known=self.devices):
             device = _validate(DeviceProfile, _read(file), file)
             if device.chip not in chips:
@@ -76,7 +102,7 @@ class Catalogue:
             devices[identity] = Device(
                 id=identity, soc=chips[device.chip], memory_rule=self.rules[device.os], **dict(device)
             )
-        return Catalogue(self.rules, chips, devices)
+        return Catalogue(self.rules, self.number_types, chips, devices)
 
 
 @lru_cache(maxsize=1)
@@ -84,29 +110,53 @@ def _shipped() -> Catalogue:
     home = files("profiles")
     file = home / "memory.toml"
     rules = {system: _validate(MemoryRule, rule, file) for system, rule in _read(file).items()}
-    return Catalogue(rules).extended(home)
+    file = home / "npus.toml"
+    types = [_validate(NumberTypes, entry, file) for entry in _read(file)["types"]]
+    return Catalogue(rules, {npu: entry for entry in types for npu in entry.npus}).extended(home)
+
+
+@lru_cache(maxsize=1)
+def _shipped_observations() -> tuple[Observation, ...]:
+    return tuple(_observations(files("profiles"), _shipped()))
+
+
+def _observations(folder: Traversable, catalogue: Catalogue) -> Iterator[Observation]:
+    for _, file in _profiles(folder, OBSERVATIONS):
+        try:
+            yield from _validate(Publication, _read(file), file).observations(
+                catalogue.devices, catalogue.chips
+            )
+        except KeyError as error:
+            raise ProfileError(
+                f"{file}: {error} has no profile; name a device or chip that `gochu devices` lists."
+            ) from error
 
 
 def _catalogue() -> Catalogue:
     """The shipped profiles, and the user's, which are read anew each time: they may be under edit."""
+    folder = _user_folder()
+    return _shipped().extended(folder) if folder else _shipped()
+
+
+def _user_folder() -> Path | None:
     named = os.environ.get(FOLDER_VARIABLE)
     if not named:
-        return _shipped()
+        return None
     folder = Path(named).expanduser()
     if not folder.is_dir():
         raise ProfileError(
             f"{FOLDER_VARIABLE} names {named!r}, which is not a folder; name one, or unset it."
         )
     for stray in sorted([*folder.glob("*.toml"), *folder.glob("*/*.toml")]):
-        if stray.parent.name not in (SOCS, DEVICES) or stray.parent == folder:
+        if stray.parent.name not in (SOCS, DEVICES, OBSERVATIONS) or stray.parent == folder:
             raise ProfileError(
                 f"{stray}: no profile is read from there; move it to {folder / DEVICES} or {folder / SOCS}."
             )
-    return _shipped().extended(folder)
+    return folder
 
 
 def _profiles(
-    folder: Traversable, kind: str, known: dict[str, Chip] | dict[str, Device]
+    folder: Traversable, kind: str, known: Container[str] = ()
 ) -> Iterator[tuple[str, Traversable]]:
     """The id and file of each profile in folder/kind."""
     home = folder / kind

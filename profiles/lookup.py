@@ -32,6 +32,56 @@ def find(name: str, devices: tuple[Device, ...], chips: tuple[Chip, ...]) -> Dev
     raise UnknownDevice(_unknown(name, devices))
 
 
+def search(
+    query: str, devices: tuple[Device, ...], chips: tuple[Chip, ...], chip: str, npu: str, ram_gib: float
+) -> tuple[Device, ...]:
+    """See `profiles.search`."""
+    key, wanted = normalized(query), _chips(chip, chips) if chip else chips
+    named = [device for device in devices if any(key in normalized(label) for label in _labels(device))]
+    found = [
+        device
+        for device in named or [find(query, devices, chips)]
+        if device.soc in wanted
+        and (not npu or _has_npu(device.soc, npu))
+        and device.memory.ram_gib >= ram_gib
+    ]
+    if found:
+        return tuple(found)
+    asked = [
+        f"{what} {_quoted(value)}" for what, value in (("name", query), ("chip", chip), ("NPU", npu)) if value
+    ]
+    if ram_gib:
+        asked.append(f"at least {ram_gib:g} GB of RAM")
+    raise UnknownDevice(f"No device profile has {' and '.join(asked)}; leave out one of the conditions.")
+
+
+def _chips(name: str, chips: tuple[Chip, ...]) -> tuple[Chip, ...]:
+    """The chips of that name, or else those in whose names it occurs: "Snapdragon 8 Elite" is not its Gen 5."""
+    key = normalized(name)
+    if same := [chip for chip in chips if key in map(normalized, _chip_names(chip))]:
+        return tuple(same)
+    if part := [chip for chip in chips if any(key in normalized(label) for label in _chip_names(chip))]:
+        return tuple(part)
+    known = {label: chip.name for chip in chips for label in (normalized(chip.name), chip.id)}
+    near = difflib.get_close_matches(key[:_LONGEST], known, n=3)
+    hint = f"Did you mean {_either(dict.fromkeys(known[label] for label in near))}?" if near else ""
+    raise UnknownDevice(f"No chip profile answers to {_quoted(name)}. {hint or 'Name another chip.'}")
+
+
+def _has_npu(chip: Chip, name: str) -> bool:
+    if chip.npu is None:
+        return False
+    key, npu = normalized(name), chip.npu
+    exact = (npu.kind, npu.family, npu.family.removeprefix(f"{npu.kind}-"))
+    return key in map(normalized, exact) or key in normalized(npu.name)
+
+
+def _labels(device: Device) -> Iterator[str]:
+    yield from _names(device)
+    yield from (code.removesuffix("*") for code in device.model_codes)
+    yield from _chip_names(device.soc)
+
+
 def normalized(name: str) -> str:
     """`name` without case, spaces, hyphens and underscores, its letters composed in one way (NFKC)."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
@@ -53,11 +103,13 @@ def _by_model_code(key: str, devices: tuple[Device, ...]) -> list[Device]:
 
 
 def _names(device: Device) -> Iterator[str]:
-    """All that the device is called: with the maker's name before it and without."""
+    """All that the device is called: with the maker's name before it and without, and on each farm."""
     yield device.id
     for name in (device.name, *device.aliases):
         yield name
         yield from (f"{brand} {name}" for brand in device.brand)
+    if device.farms:
+        yield from device.farms.names
 
 
 def _chip_names(chip: Chip) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """What a profile may say. Each TOML table that holds a number also holds the source of that number.
 
 A file is validated against `ChipProfile` or `DeviceProfile`, which know the keys of the file and no others;
-`Chip` and `Device` add what the file does not say itself: its identity (the file's name) and, for a device,
-the chip and the memory rule that it refers to.
+`Chip` and `Device` add what the file does not say itself: its identity (the file's name) and what other files
+say of it: the number types of the chip's NPU, the device's chip and memory rule.
 """
 
 from typing import Annotated, Literal
@@ -18,9 +18,10 @@ Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$
 ModelCode = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ,.\-]+\*?$")]
 Count = Annotated[int, Field(strict=True, gt=0)]
 Amount = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Version = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)*$")]
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 
-OperatingSystem = Literal["android", "ios", "macos", "linux"]
+OperatingSystem = Literal["android", "ios", "macos", "linux", "windows"]
 
 
 class Frozen(BaseModel):
@@ -49,11 +50,28 @@ class Dram(Frozen):
 
 
 class Gpu(Frozen):
+    """`tops` only where the maker sells the GPU by it (Jetson)."""
+
     name: Text
+    tops: Amount | None = None
     source: Source
 
 
-class Hexagon(Frozen):
+class NpuFigures(Frozen):
+    """`tops` is what the maker states, in 10^12 operations per second at the precision it chose."""
+
+    kind: str
+    name: Text
+    tops: Amount | None = None
+    source: Source
+
+    @property
+    def family(self) -> str:
+        """What NPUs that take the same number types have in common."""
+        return self.kind
+
+
+class Hexagon(NpuFigures):
     """Qualcomm's NPU. `soc_model` is QNN's number for the chip; `vtcm_mb` its tightly coupled memory."""
 
     kind: Literal["hexagon"]
@@ -62,37 +80,52 @@ class Hexagon(Frozen):
     soc_model: Count | None = None
     vtcm_mb: Count | None = None
     min_qnn_sdk: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")] | None = None
-    source: Source
+
+    @property
+    def family(self) -> str:
+        return f"{self.kind}-{self.arch}"
 
 
-class NeuralEngine(Frozen):
-    """Apple's NPU. `tops` is the figure that Apple states, at the precision it chose."""
+class NeuralEngine(NpuFigures):
+    """Apple's NPU."""
 
     kind: Literal["ane"]
     name: Text = "Neural Engine"
-    tops: Amount | None = None
-    source: Source
 
 
-class ExynosNpu(Frozen):
+class ExynosNpu(NpuFigures):
     """Samsung's NPU. `enn_chip` is the name that the ENN compiler takes; None: it cannot compile for it."""
 
     kind: Literal["exynos"]
     name: Text = "Exynos NPU"
     enn_chip: Text | None = None
-    tops: Amount | None = None
-    source: Source
+
+    @property
+    def family(self) -> str:
+        return f"{self.kind}-{self.enn_chip.lower()}" if self.enn_chip else self.kind
 
 
-class OtherNpu(Frozen):
+class OtherNpu(NpuFigures):
     """An NPU that is known by name only: MediaTek's APU, Google's TPU."""
 
     kind: Literal["apu", "tpu"]
-    name: Text
-    source: Source
 
 
 Npu = Annotated[Hexagon | NeuralEngine | ExynosNpu | OtherNpu, Field(discriminator="kind")]
+
+# A weight type alone has one scale per output channel; -block: one per block of a channel, -lut: a lookup table.
+WeightType = Literal["int4", "int4-block", "int8", "uint8", "int16", "uint16", "fp16", "lut"]
+ActivationType = Literal["int8", "uint8", "int16", "uint16", "fp16"]
+
+
+class NumberTypes(Frozen):
+    """What the NPUs of some families compute with through the compilers that Gochu can reach."""
+
+    npus: Annotated[tuple[Text, ...], Field(min_length=1)]
+    weights: Annotated[tuple[WeightType, ...], Field(min_length=1)]
+    activations: Annotated[tuple[ActivationType, ...], Field(min_length=1)]
+    note: Text | None = None
+    source: Source
 
 
 class SystemNames(Frozen):
@@ -117,6 +150,7 @@ class Chip(ChipProfile):
     """A system on a chip. What is not known is None, never a guess."""
 
     id: Identifier
+    number_types: NumberTypes | None = None
 
     @property
     def bandwidth_bytes_per_s(self) -> float | None:
@@ -184,6 +218,30 @@ class MeasuredMemory(Frozen):
     source: Source
 
 
+class Versions(Frozen):
+    """Versions of the operating system: the one it was sold with, and the last that the source knows it to have
+    or to be promised.
+    """
+
+    first: Version | None = None
+    last: Version | None = None
+    source: Source
+
+
+class Farms(Frozen):
+    """What the device is called where phones are rented. Left out: not there, or not known to be there."""
+
+    ai_hub: tuple[Text, ...] = ()
+    device_farm: tuple[Text, ...] = ()
+    firebase: tuple[Text, ...] = ()
+    browserstack: tuple[Text, ...] = ()
+    source: Source
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.ai_hub, *self.device_farm, *self.firebase, *self.browserstack)
+
+
 class DeviceProfile(Frozen):
     name: Text
     brand: tuple[Text, ...] = ()
@@ -194,6 +252,8 @@ class DeviceProfile(Frozen):
     models: Models | None = None
     memory: Ram
     app_memory: MeasuredMemory | None = None
+    versions: Versions | None = None
+    farms: Farms | None = None
     note: Text | None = None
 
 

@@ -142,6 +142,60 @@ def test_devices(said, gochu):
     assert err.count("\n") == 1
 
 
+def test_devices_by_chip_npu_and_memory(said, gochu):
+    def found(*arguments):
+        return {device["id"] for device in said("devices", *arguments)}
+
+    assert found("galaxy", "--chip", "sm8650", "--ram-at-least", "12GB") == {
+        "galaxy-s24-plus-snapdragon",
+        "galaxy-s24-ultra",
+        "galaxy-z-flip6",
+        "galaxy-z-fold6",
+    }
+    assert found("--chip", "Snapdragon 8 Elite") == {
+        *("galaxy-s25", "galaxy-s25-plus", "galaxy-s25-ultra", "galaxy-z-fold7", "oneplus-13", "xiaomi-15")
+    }
+    assert found("--npu", "v75") == found("--npu", "hexagon-v75") < found("--npu", "hexagon")
+    assert {device["npu"] for device in said("devices", "--npu", "ane")} == {"ane"}
+    assert found("vivo", "--ram-at-least", "16 GiB") == {"vivo-x300"}
+    assert found("SM-S928N1") == {"galaxy-s24-ultra"}  # a code that a pattern stands for
+    for arguments, code, words in [
+        (("--chip", "tenso g4"), 3, "'Tensor G4'"),
+        (("--npu", "warp"), 3, "NPU 'warp'"),
+        (("pixel", "--ram-at-least", "64GB"), 3, "at least 64 GB"),
+        (("pixel", "--npu", "ane"), 3, "leave out one of the conditions"),
+        (("--ram-at-least", "much"), 2, "8GB"),
+        (("--ram-at-least", "-1"), 2, "8GB"),
+    ]:
+        got, out, err = gochu("devices", *arguments)
+        assert (got, out, err.count("\n")) == (code, "", 1), err
+        assert words in err
+
+
+def test_show_a_device(said, gochu):
+    shown = said("devices", "show", "아이폰 16 프로")
+    assert shown == said("devices", "show", "iphone17,1")
+    assert shown["soc"]["npu"]["source"].startswith("http")
+    assert shown["soc"]["number_types"]["npus"] == ["ane"]
+    assert shown["versions"]["first"] == "18"
+    assert shown["farms"]["browserstack"] == ["iPhone 16 Pro-18"]
+    assert shown["ram_bytes"] == 8 << 30
+    code, out, err = gochu("devices", "show", "Galaxy", "S24", "Ultra")
+    assert (code, out) == (0, "")
+    text = "".join(err.split())
+    for words in ("SM-S928*", "76.8GB/s", "archv75", "CPU", "QualcommAIHub", "src/hooks"):
+        assert words in text
+    for arguments, words in [
+        (("Galaxy S24",), "more than one chip"),
+        (("Galxy S24 Ultra",), "Did you mean"),
+        ((), "takes the name of one device"),
+        (("pepper", "--chip", "sm8650"), "no filter"),
+    ]:
+        code, out, err = gochu("devices", "show", *arguments)
+        assert (code != 0, out, err.count("\n")) == (True, "", 1)
+        assert words in err
+
+
 def test_a_conversation(pepper):
     done = subprocess.run(
         [sys.executable, "-m", "exporter.cli", "run", pepper],

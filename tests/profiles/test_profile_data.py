@@ -52,7 +52,8 @@ def test_the_shipped_files_are_all_read() -> None:
     assert {device.id for device in profiles.devices()} == {
         file.stem for file in (HOME / "devices").glob("*.toml")
     }
-    assert len(profiles.devices()) >= 40
+    assert len(profiles.devices()) >= 100
+    assert len(profiles.chips()) >= 50
 
 
 def test_each_device_has_a_chip_memory_and_a_reason() -> None:
@@ -103,11 +104,55 @@ def test_hexagon_figures(chip: str, arch: str, soc_model: int, sdk: str) -> None
     assert (npu.arch, npu.soc_model, npu.vtcm_mb, npu.min_qnn_sdk) == (arch, soc_model, 8, sdk)
 
 
+def test_what_npus_compute_with() -> None:
+    """All NPUs of a family say the same, and each entry is of some chip."""
+    known = {chip.npu.family: chip.number_types for chip in profiles.chips() if chip.npu}
+    assert {family for family, types in known.items() if types is None} == {"apu", "tpu", "exynos"}
+    stated = {npu for types in known.values() if types for npu in types.npus}
+    assert stated == {family for family, types in known.items() if types}
+    for family, blocks in (
+        ("hexagon-v69", False),
+        ("hexagon-v73", True),
+        ("ane", False),
+        ("exynos-e9955", False),
+    ):
+        types = known[family]
+        assert types
+        assert ("int4-block" in types.weights) is blocks
+
+
+def test_each_hexagon_is_known_to_the_compiler() -> None:
+    ids = [chip.npu.soc_model for chip in profiles.chips() if isinstance(chip.npu, Hexagon)]
+    assert None not in ids
+    assert len(set(ids)) == len(ids) >= 14
+
+
+def test_versions_of_a_system_go_not_backward() -> None:
+    for device in profiles.devices():
+        if device.versions and device.versions.first and device.versions.last:
+            assert float(device.versions.first) <= float(device.versions.last), device.id
+    assert all(device.versions for device in profiles.devices() if device.os == "ios")
+
+
+def test_a_farms_name_is_of_one_device_and_says_its_system() -> None:
+    names = Counter(name for device in profiles.devices() if device.farms for name in device.farms.names)
+    assert set(names.values()) == {1}
+    for device in profiles.devices():
+        if device.farms:
+            assert device.farms.names
+            assert all("-" in name for name in device.farms.browserstack)
+    assert len(names) >= 60
+
+
+def test_nothing_is_left_unverified() -> None:
+    assert [file.name for file in FILES if "unverified" in file.read_text(encoding="utf-8")] == []
+
+
 def test_chip_properties() -> None:
     chip = profiles.find("galaxy-s24-ultra").soc
     assert chip.bandwidth_bytes_per_s == pytest.approx(76.8e9)
     assert chip.performance_cores == 6
-    bare = next(known for known in profiles.chips() if known.id == "mt6991")
+    bare = next(known for known in profiles.chips() if known.id == "agx-orin")
     assert bare.bandwidth_bytes_per_s is None
     assert bare.performance_cores is None
 
@@ -153,11 +198,14 @@ def test_the_exported_names() -> None:
         "AmbiguousDevice",
         "Chip",
         "Device",
+        "Observation",
         "ProfileError",
         "UnknownDevice",
         "chips",
         "devices",
         "find",
+        "observations",
+        "search",
     ]
     assert all(hasattr(profiles, name) for name in profiles.__all__)
     with pytest.raises(AttributeError, match="phones"):

@@ -405,7 +405,7 @@ def test_the_rules_name_operations_and_sources_that_there_are():
     assert {rule.effect for rule in ane.rules().values()} == {"leaves", "package", "wrong", "slow", "unknown"}
 
 
-def test_phones_get_its_layout_and_macs_the_gpus():
+def test_a_chips_get_its_layout_and_m_chips_the_gpus():
     layouts = {}
     for device in profiles.devices():
         if device.soc.vendor == "Apple":
@@ -413,7 +413,7 @@ def test_phones_get_its_layout_and_macs_the_gpus():
             assert choice.topic == "layout"
             assert device.soc.name in choice.reason
             layouts[device.os, choice.value] = choice.reason
-    assert set(layouts) == {("ios", "ane"), ("macos", "gpu")}
+    assert set(layouts) == {("ios", "ane"), ("ios", "gpu"), ("macos", "gpu")}  # iPads have A and M chips
     assert "gpu (the GPU's layout)" in layouts["ios", "ane"]
     assert "ane (the Neural Engine's layout)" in layouts["macos", "gpu"]
     with pytest.raises(UsageError, match="no Apple chip"):
