@@ -188,7 +188,9 @@ DELEGATES = {
             for_a_chip=True,
             format="onnx",
         ),
-        Delegate(APPLE_GPU, "GPU (Core ML)", ("int8", "int4", "fp16"), _core_ml_gpu, format="coreml"),
+        Delegate(
+            APPLE_GPU, "GPU (Core ML)", ("int8", "int4", "int4-g128", "fp16"), _core_ml_gpu, format="coreml"
+        ),
     )
 }
 

@@ -442,7 +442,8 @@ def test_a_delegate_comes_with_a_variant_for_the_cpu() -> None:
     [
         ({"format": "tflite"}, "no format 'tflite'"),
         ({"format": "executorch", "delegate": "cuda"}, "no delegate 'cuda'"),
-        ({"format": "onnx", "delegate": "vulkan"}, "has no delegates"),
+        ({"format": "onnx", "delegate": "vulkan"}, "vulkan is for --format executorch"),
+        ({"format": "coreai", "delegate": "gpu"}, "has no delegates"),
     ],
 )
 def test_formats_and_delegates_that_are_not_there(wishes: dict[str, str], words: str) -> None:
