@@ -82,9 +82,10 @@ class QdqGraph:
     def number(self, value: float) -> Value:
         return self._constant(f"number.{value!r}", np.array(value, np.float32))
 
-    def rope_rows(self, table: str, shape: Sequence[int]) -> Value:
+    def rope_rows(self, table: str, factor: float, shape: Sequence[int]) -> Value:
         self.inputs["positions"] = TensorSpec(name="positions", dtype="int32", shape=(shape[2],))
-        rows = self._constant(f"rope.{table}", self.arch.rope.whole_tables(self.context)[table])
+        values = self.arch.rope.whole_tables(self.context)[table] * np.float32(factor)
+        rows = self._constant(f"rope.{table}.{factor!r}", values)
         return self.reshape(self._moved("Gather", [rows], "positions", axis=0), shape)
 
     def reshape(self, x: Value, shape: Sequence[int]) -> Value:
@@ -93,8 +94,8 @@ class QdqGraph:
     def transpose(self, x: Value, order: Sequence[int]) -> Value:
         return self._moved("Transpose", [x], perm=list(order))
 
-    def slice(self, x: Value, start: int, stop: int) -> Value:
-        return self._moved("Slice", [x], self._numbers(start), self._numbers(stop), self._numbers(-1))
+    def slice(self, x: Value, start: int, stop: int, axis: int = 3) -> Value:
+        return self._moved("Slice", [x], self._numbers(start), self._numbers(stop), self._numbers(axis))
 
     def concat(self, values: Sequence[Value], axis: int) -> Value:
         return self._moved("Concat", values, axis=axis)

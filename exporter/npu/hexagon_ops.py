@@ -16,6 +16,9 @@ V = TypeVar("V")
 
 EMBEDDING, LOGITS, MASK = "embedding", "logits", "mask"  # steps that have a range, as all of a layer's have
 CACHE_BITS = 8  # the NPU multiplies by keys and values of 8 bits, whatever they are stored in
+# On v69, a product of 2 heads and more is wrong where an elementwise operator has made fewer rows (QAIRT 2.51, in the
+# simulator: tests/exporter/npu); the NPU computes 8 in the time of 1, so the rows of one token are repeated.
+FEWEST_ROWS = 8
 UNIT, SIGNED_UNIT = Range(0.0, 1.0), Range(-1.0, 1.0)
 
 
@@ -43,9 +46,9 @@ class Graph(Protocol[V]):
     def number(self, value: float) -> V:
         """A constant above 0."""
 
-    def rope_rows(self, table: str, shape: Sequence[int]) -> V:
-        """Rows of a rotary table, "cos" (cos, cos) or "sin" (-sin, sin) [context, dim], at the input `positions`
-        int32 [length]."""
+    def rope_rows(self, table: str, factor: float, shape: Sequence[int]) -> V:
+        """Rows of a rotary table, "cos" (cos, cos) or "sin" (-sin, sin) [context, dim], times `factor`, at the
+        input `positions` int32 [length]."""
 
     def reshape(self, x: V, shape: Sequence[int]) -> V:
         """The same elements in another shape."""
@@ -53,8 +56,8 @@ class Graph(Protocol[V]):
     def transpose(self, x: V, order: Sequence[int]) -> V:
         """Dimension `order[i]` of x becomes dimension i."""
 
-    def slice(self, x: V, start: int, stop: int) -> V:
-        """Elements [start, stop) of the last dimension."""
+    def slice(self, x: V, start: int, stop: int, axis: int = 3) -> V:
+        """Elements [start, stop) of one of four dimensions."""
 
     def concat(self, values: Sequence[V], axis: int) -> V:
         """Side by side; all have one range."""
@@ -101,6 +104,8 @@ class HexagonOps(Generic[V]):
         self.graph, self.arch, self.length, self.context = graph, arch, length, context
         self.past = context if past is None else past
         self.total = self.past + length
+        self._rows = arch.heads // arch.kv_heads * length  # queries that meet the same keys
+        self._times = -(-FEWEST_ROWS // self._rows) if arch.kv_heads > 1 else 1
         self._here = ""  # the last weight: what the steps after it are named by
         self._shared: dict[str, V] = {}  # made once for all layers
 
@@ -165,34 +170,39 @@ class HexagonOps(Generic[V]):
 
     def attention(self, q: V, k: V, v: V, layer: int) -> V:
         arch, name = self.arch, f"layers.{layer}.attention"
-        queries = self._rotate(self._heads(q, arch.heads), f"{name}.q")
+        queries = self._heads(q, arch.heads)
+        if self._rows > self.length:  # heads that share a key are rows of one product: no key is repeated
+            queries = self.graph.reshape(queries, (1, arch.kv_heads, self._rows, arch.head_dim))
+        if self._times > 1:
+            queries = self.graph.concat([queries] * self._times, axis=2)
+        times = self._rows // self.length * self._times
+        queries = self._rotate(queries, f"{name}.q", arch.attention_scale, times)
         keys = self._rotate(self._heads(k, arch.kv_heads), f"{name}.k")
         keys = self.graph.narrow(self.graph.transpose(keys, (0, 1, 3, 2)), steps(layer).keys, CACHE_BITS)
         values = self.graph.narrow(self._heads(v, arch.kv_heads), steps(layer).values, CACHE_BITS)
         shape = (1, arch.kv_heads, self.length, arch.head_dim)
         self.graph.output(f"present.{layer}.key", keys, (*shape[:2], arch.head_dim, self.length))
         self.graph.output(f"present.{layer}.value", values, shape)
-        queries = self._scaled(queries, arch.attention_scale, f"{name}.q.scaled")
         return self._attend(queries, self._keys(layer, keys), self._values(layer, values), layer)
 
     # parts of attention
 
     def _attend(self, q: V, k: V, v: V, layer: int) -> V:
-        """q [1, heads, length, dim], k [1, kv_heads, dim, total], v [1, kv_heads, total, dim] -> [1, length,
-        heads * dim]. Heads that share a key are rows of one product: no key is repeated."""
+        """q [1, kv_heads, ., dim], k [1, kv_heads, dim, total], v [1, kv_heads, total, dim] ->
+        [1, length, heads * dim]."""
         arch, graph, step = self.arch, self.graph, steps(layer)
-        shared = arch.heads // arch.kv_heads
-        q = graph.reshape(q, (1, arch.kv_heads, shared * self.length, arch.head_dim))
         scores = graph.op("MatMul", q, k, step=step.scores)
         if arch.attention_softcap:
             scores = self._capped(scores, arch.attention_softcap, step.scores)
-        masked = graph.op("Add", scores, self._mask(layer, shared), step=step.masked)
+        masked = graph.op("Add", scores, self._mask(layer), step=step.masked)
         weights = graph.op("Softmax", masked, step=f"layers.{layer}.attention.weights", within=UNIT, axis=-1)
         mixed = graph.op("MatMul", weights, v, step=f"layers.{layer}.attention.mixed")
-        mixed = graph.reshape(mixed, (1, arch.heads, self.length, arch.head_dim))
-        return graph.reshape(
-            graph.transpose(mixed, (0, 2, 1, 3)), (1, self.length, arch.heads * arch.head_dim)
-        )
+        if self._times > 1:
+            mixed = graph.slice(mixed, 0, self._rows, axis=2)
+        if self.length > 1:
+            mixed = graph.reshape(mixed, (1, arch.heads, self.length, arch.head_dim))
+            mixed = graph.transpose(mixed, (0, 2, 1, 3))
+        return graph.reshape(mixed, (1, self.length, arch.heads * arch.head_dim))
 
     def _keys(self, layer: int, new: V) -> V:
         shape = (1, self.arch.kv_heads, self.arch.head_dim, self.past)
@@ -204,38 +214,50 @@ class HexagonOps(Generic[V]):
         past = self.graph.input(f"past_key_values.{layer}.value", shape, steps(layer).values, CACHE_BITS)
         return self.graph.concat([past, new], axis=2)
 
-    def _rotate(self, x: V, step: str) -> V:
-        """Rotary embedding of [1, heads, length, head_dim]. All it is made of has the range of `step`: 16 bits
-        have room for that."""
+    def _rotate(self, x: V, step: str, factor: float = 1.0, times: int = 1) -> V:
+        """Rotary embedding of [1, ., times * length, head_dim], times `factor`, which the rotary tables carry.
+
+        All that a rotation is made of has one range: 16 bits have room for that.
+        """
         dim, size, graph = self.arch.rope.dim, self.arch.head_dim, self.graph
-        cos, sin = (self._rope(table) for table in ("cos", "sin"))
+        cos, sin = (self._rope(table, factor, times) for table in ("cos", "sin"))
         first, second = graph.slice(x, 0, dim // 2), graph.slice(x, dim // 2, dim)
         turned = graph.slice(x, 0, dim) if dim < size else x
+        step = f"{step}.rotated"
         ahead = graph.op("Mul", turned, cos, step=step)
-        rotated = graph.op(
-            "Add", ahead, graph.op("Mul", graph.concat([second, first], axis=3), sin, step=step), step=step
-        )
-        return graph.concat([rotated, graph.slice(x, dim, size)], axis=3) if dim < size else rotated
+        behind = graph.op("Mul", graph.concat([second, first], axis=3), sin, step=step)
+        rotated = graph.op("Add", ahead, behind, step=step)
+        if dim == size:
+            return rotated
+        rest = graph.op("Mul", graph.slice(x, dim, size), graph.number(factor), step=step)
+        return graph.concat([rotated, rest], axis=3)
 
-    def _rope(self, table: str) -> V:
-        if table not in self._shared:
+    def _rope(self, table: str, factor: float, times: int) -> V:
+        name = f"{table} {factor} {times}"
+        if name not in self._shared:
             shape = (1, 1, self.length, self.arch.rope.dim)
-            self._shared[table] = self.graph.rope_rows(table, shape)
-        return self._shared[table]
+            self._shared[name] = self._repeated(self.graph.rope_rows(table, factor, shape), times)
+        return self._shared[name]
 
-    def _mask(self, layer: int, shared: int) -> V:
-        """[1, 1, shared * length, total]: repeated once here, not broadcast for each layer."""
+    def _mask(self, layer: int) -> V:
+        """[1, 1, ., total], a row for each query."""
         window = self.arch.windows[layer]
         name = f"mask.{window if window < self.context else 0}"
         if name not in self._shared:
             mask = self.graph.input(name, (1, 1, self.length, self.total), MASK)
-            self._shared[name] = self.graph.concat([mask] * shared, axis=2) if shared > 1 else mask
+            self._shared[name] = self._repeated(mask, self._rows // self.length * self._times)
         return self._shared[name]
+
+    def _repeated(self, x: V, times: int) -> V:
+        """[1, 1, length, .] -> [1, 1, times * length, .], once for all layers; one row is broadcast."""
+        return self.graph.concat([x] * times, axis=2) if times > 1 and self.length > 1 else x
 
     # operators
 
     def _heads(self, x: V, heads: int) -> V:
         """[1, length, heads * dim] -> [1, heads, length, dim]."""
+        if self.length == 1:
+            return self.graph.reshape(x, (1, heads, 1, self.arch.head_dim))
         x = self.graph.reshape(x, (1, self.length, heads, self.arch.head_dim))
         return self.graph.transpose(x, (0, 2, 1, 3))
 

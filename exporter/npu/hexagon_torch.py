@@ -73,8 +73,8 @@ class TorchGraph:
     def number(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float32)
 
-    def rope_rows(self, table: str, shape: Sequence[int]) -> Tensor:
-        return self._tables[table][self.positions].reshape(*shape)
+    def rope_rows(self, table: str, factor: float, shape: Sequence[int]) -> Tensor:
+        return (self._tables[table][self.positions] * factor).reshape(*shape)
 
     def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         return x.reshape(*shape)
@@ -82,8 +82,8 @@ class TorchGraph:
     def transpose(self, x: Tensor, order: Sequence[int]) -> Tensor:
         return x.permute(*order)
 
-    def slice(self, x: Tensor, start: int, stop: int) -> Tensor:
-        return x[..., start:stop]
+    def slice(self, x: Tensor, start: int, stop: int, axis: int = 3) -> Tensor:
+        return x.narrow(axis, start, stop - start)
 
     def concat(self, values: Sequence[Tensor], axis: int) -> Tensor:
         return torch.cat(list(values), axis)
