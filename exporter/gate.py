@@ -71,7 +71,7 @@ NPU_BOUNDS = Bounds(largest=2e-2, mean=1e-2, tie=2e-2)
 FLOAT_BOUNDS = Bounds(largest=1e-3, mean=1e-4, tie=1e-3)  # float32 sums in another order
 
 
-def rounding_bounds(noise: "np.ndarray") -> Bounds:
+def rounding_bounds(noise: "np.ndarray", least: Bounds = FLOAT_BOUNDS) -> Bounds:
     """Bounds where activations are rounded to int8; `noise` [steps] is what that does to the reference itself.
 
     The reference rounds as the engine does, but a value beside a rounding boundary may fall to either side,
@@ -79,9 +79,9 @@ def rounding_bounds(noise: "np.ndarray") -> Bounds:
     further than rounding moved them from float activations: two independent roundings differ by √2 of it.
     """
     return Bounds(
-        largest=max(FLOAT_BOUNDS.largest, 2 * float(noise.max())),
-        mean=max(FLOAT_BOUNDS.mean, 2 * float(noise.mean())),
-        tie=max(FLOAT_BOUNDS.tie, 2 * float(noise.max())),
+        largest=max(least.largest, 2 * float(noise.max())),
+        mean=max(least.mean, 2 * float(noise.mean())),
+        tie=max(least.tie, 2 * float(noise.max())),
     )
 
 
@@ -231,14 +231,15 @@ def _weights(bundle: Bundle, variant: Variant) -> "Weights":
         return read_weights(bundle, variant, arch)
     if variant.format == "onnx":
         from exporter.formats.onnx import GRAPH
-        from exporter.formats.onnx_weights import OnnxWeights, QdqWeights
+        from exporter.formats.onnx_qdq_weights import QdqWeights
+        from exporter.formats.onnx_weights import OnnxWeights
 
         if variant.compiled is None:
             return OnnxWeights(path)
         graphs = {e.name: bundle.file(e.file) for e in variant.compiled.sources}
         steps = [graph for name, graph in graphs.items() if name.startswith("decode")]
         if _is_quantized(variant):
-            return QdqWeights(OnnxWeights(bundle.file(GRAPH)), *steps)
+            return QdqWeights(steps, OnnxWeights(bundle.file(GRAPH)))
         return OnnxWeights(*steps, graphs["embed"])
     extras.require("executorch.exir", "executorch")
     from exporter.formats.executorch_weights import ExecuTorchWeights
@@ -256,7 +257,7 @@ def _integers(bundle: Bundle, variant: Variant, arch: Architecture, weights: "We
         return weights.matrix(report.name).digest()
 
     reports = bundle.manifest.tensors
-    if variant.format == "coreml":
+    if variant.format == "coreml" or _is_quantized(variant):  # vectors are rounded to 16 bits
         reports = tuple(report for report in reports if len(report.shape) == 2)
     lost = {name for name, _ in (*arch.matrices(), *arch.vectors())} - {
         r.name for r in bundle.manifest.tensors
@@ -296,7 +297,9 @@ def _tokens(
             yield _logits_check("graph", error, FLOAT_BOUNDS, "by the CPU's kernels")
     noise = np.abs(exact - rounded).max(-1) / spread
     bounds = {"coreml": HALF_BOUNDS, "qnn": NPU_BOUNDS}.get(variant.engine, FLOAT_BOUNDS)
-    if noise.any() and not variant.compiled:
+    if noise.any() and variant.compiled:
+        bounds = rounding_bounds(noise, NPU_BOUNDS)
+    elif noise.any():
         bounds = rounding_bounds(noise)
         if variant.format == "executorch":
             yield _float_twin(variant, arch, weights)

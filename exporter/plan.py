@@ -630,12 +630,13 @@ def _for_hexagon(arch: Architecture, plan: Plan, chips: tuple[Chip, ...], split:
     ]
     route = _route(plan.decisions.values())
     if route == hexagon.QUANTIZED:
-        text = plan.calibration.name if plan.calibration else "a text in Korean, English and code"
+        text = plan.calibration.name if plan.calibration else "the text that is shipped"
         choices.append(
             Choice(
                 topic="calibration",
                 value=text,
-                reason="the range of each activation is found on it before; the KV cache has 8 bits",
+                reason="the range of each activation is found on it before, in Korean, English and code, or for pepper "
+                "on what it was trained on; the KV cache has 8 bits",
             )
         )
     if plan.allow_cpu_ops:

@@ -16,12 +16,13 @@ from exporter.quantization.tensor import QuantizedTensor, pack4
 class QdqWeights:
     """`Weights` over several graphs beside one data file; each is read when asked for, nothing is kept.
 
-    Matrices come back exactly. A norm's weight or a bias is what its 16-bit integers stand for: its digest is not
-    the quantizer's.
+    `others`: where the rest is, an embedding that is not the head too. Matrices come back exactly. A norm's weight
+    or a bias is what its 16-bit integers stand for: its digest is not the quantizer's.
     """
 
-    def __init__(self, graphs: Sequence[Path]) -> None:
-        self._places = {name: graph for graph in map(_Graph, graphs) for name in graph.all_names()}
+    def __init__(self, graphs: Sequence[Path], others: OnnxWeights | None = None) -> None:
+        self._places: dict[str, OnnxWeights] = dict.fromkeys(others.names(), others) if others else {}
+        self._places |= {name: graph for graph in map(_Graph, graphs) for name in graph.all_names()}
 
     def names(self) -> list[str]:
         """Canonical names of all matrices."""

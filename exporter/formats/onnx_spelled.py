@@ -56,10 +56,12 @@ class SpelledGraph:
     def number(self, value: float) -> str:
         return self._g.scalar(value)
 
-    def rope_rows(self, table: str, shape: Sequence[int]) -> str:
-        """The CPU's tables have each angle once; here the halves of a head lie side by side."""
+    def rope_rows(self, table: str, factor: float, shape: Sequence[int]) -> str:
+        """The CPU's tables have each angle once; here the halves of a head lie side by side, times a factor."""
         self.inputs["positions"] = TensorSpec(name="positions", dtype="int32", shape=(shape[2],))
         rows = self._g.emit("Gather", [self._ops.rope_table(table), "positions"], axis=0)
+        if factor != 1:
+            rows = self._g.emit("Mul", [rows, self._g.scalar(factor)])
         first = rows if table == "cos" else self._g.emit("Neg", [rows])
         return self.reshape(self._g.emit("Concat", [first, rows], axis=-1), shape)
 
@@ -69,8 +71,8 @@ class SpelledGraph:
     def transpose(self, x: str, order: Sequence[int]) -> str:
         return self._g.emit("Transpose", [x], perm=list(order))
 
-    def slice(self, x: str, start: int, stop: int) -> str:
-        return self._g.emit("Slice", [x, self._numbers(start), self._numbers(stop), self._numbers(-1)])
+    def slice(self, x: str, start: int, stop: int, axis: int = 3) -> str:
+        return self._g.emit("Slice", [x, self._numbers(start), self._numbers(stop), self._numbers(axis)])
 
     def concat(self, values: Sequence[str], axis: int) -> str:
         return self._g.emit("Concat", values, axis=axis)

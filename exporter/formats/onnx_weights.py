@@ -8,10 +8,8 @@ import onnx
 from numpy.typing import NDArray
 
 from exporter.formats.onnx_graph import read_layout
-from exporter.formats.onnx_qdq import unpack
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor, pack4
-from exporter.quantization.weights import Weights
 from runtimes.errors import BundleError
 
 
@@ -80,34 +78,3 @@ class OnnxWeights:
         if len(values) != count:
             raise BundleError(f"{self._folder / where['location']} is cut off; export the bundle again")
         return values
-
-
-class QdqWeights(OnnxWeights):
-    """The matrices of graphs of integers (onnx_qdq.py), which lie transposed; all else is `others`'."""
-
-    def __init__(self, others: Weights, *graphs: Path) -> None:
-        super().__init__(*graphs)
-        self._others = others
-
-    def scheme(self, name: str) -> Scheme:
-        """What a weight matrix was quantized to."""
-        return super().scheme(name) if name in self._layout else self._others.scheme(name)
-
-    def matrix(self, name: str) -> QuantizedTensor:
-        """A weight matrix with its integers and scales."""
-        if name not in self._layout:
-            return self._others.matrix(name)
-        place, scheme = self._layout[name], self.scheme(name)
-        rows, inputs, bits, group = place["rows"], place["inputs"], scheme.bits, scheme.group
-        stored = self._values(name, np.uint8, 0, (rows * inputs * bits + 7) // 8)
-        across = unpack(stored, rows * inputs) if bits == 4 else stored.view(np.int8)
-        data = np.ascontiguousarray(across.reshape(inputs, rows).T).view(np.uint8) ^ 0x80  # q + 128
-        if bits == 4:
-            data = pack4(data - np.uint8(120))  # q + 8
-        blocks = inputs // group if group else 1
-        scales = self._values(f"{name}.scales", np.float32, 0, blocks * rows).reshape(blocks, rows)
-        return QuantizedTensor(name, scheme, (rows, inputs), data, np.ascontiguousarray(scales.T))
-
-    def vector(self, name: str) -> NDArray[np.float32]:
-        """A norm's weight or a bias, which these graphs hold in 16 bits."""
-        return self._others.vector(name)

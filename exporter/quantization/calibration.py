@@ -2,7 +2,7 @@
 chunk long."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def calibration_sequences(
         return tokenizer.encode(template.render(document, add_generation_prompt=False), add_special=False)
 
     longest = min(context, LONGEST)
+    sequences: Iterable[list[int]]
     if texts is None and checkpoint.source == "pepper":
         sequences = [encode(conversation)[:longest] for conversation in _pepper()]
     else:
@@ -68,7 +69,8 @@ def read_texts(path: Path) -> Iterator[str | Conversation]:
             yield _document(json.loads(line))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise RecipeError(
-                f'{path}, line {number}: write {{"text": "..."}} or {{"messages": [{{"role": "user", "content": "..."}}]}}'
+                f'{path}, line {number}: write {{"text": "..."}} or '
+                '{"messages": [{"role": "user", "content": "..."}]}'
             ) from None
 
 
