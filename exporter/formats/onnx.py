@@ -48,7 +48,12 @@ Value = str | Sum | Linear
 
 
 class OnnxOps:
-    """The verbs of `decoder.Ops` on names of ONNX values; weights go to `data` as they are met."""
+    """The verbs of `decoder.Ops` on names of ONNX values; weights go to `data` as they are met.
+
+    `rounds`: products by integers round activations to 8 bits where the scheme says so.
+    """
+
+    rounds = True
 
     def __init__(
         self, arch: Architecture, weights: Weights, context: int, data: DataFile, last_only: bool
@@ -200,7 +205,7 @@ class OnnxOps:
                 N=outputs,
                 bits=bits,
                 block_size=block,
-                accuracy_level=4 if layout["activations"] == "int8" else 1,
+                accuracy_level=4 if layout["activations"] == "int8" and self.rounds else 1,
             )
         else:
             y = self._unpacked(x, stored, bits)

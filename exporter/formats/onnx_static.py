@@ -26,7 +26,9 @@ CHUNK = 128  # tokens that `prefill` takes at once
 
 
 class StaticOps(OnnxOps):
-    """`OnnxOps` without what the HTP does not take."""
+    """`OnnxOps` without what the HTP does not take; it multiplies in float16."""
+
+    rounds = False
 
     def add(self, x: Value, y: Value) -> Value:
         return self.g.emit("Add", [self.name(x), self.name(y)])

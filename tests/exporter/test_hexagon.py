@@ -145,6 +145,45 @@ def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
     }
 
 
+def test_integers_throughout(tmp_path, gochu):
+    """The quantized route, for the oldest generation too: against the same graph on the CPU, and in answers."""
+    out = tmp_path / "out"
+    arguments = ["export", "pepper", "--delegate", "hexagon", "--chips", "sm8650,sm8450"]
+    code, _, err = gochu(*arguments, "--recipe", "hexagon-w4a16", "--context", "64", "-o", out)
+    assert code == 0, err
+    bundle = Bundle.open(out)
+    *npus, _ = bundle.manifest.variants
+    assert [variant.compiled.arch for variant in npus] == ["v75", "v69"]
+    schemes = {report.name: report.scheme for report in bundle.manifest.tensors}
+    assert schemes["layers.0.attention.q"] == "w4a16"
+    assert schemes["layers.0.mlp.down"] == schemes["embedding"] == "w8a16"
+    graphs = [check for check in bundle.manifest.gate.checks if "correlation" in check.figures]
+    assert len(graphs) == 2
+    assert all(check.figures["correlation"] >= 0.999 for check in graphs)
+    # v73 and newer hold weights once; v69 a binary for each graph.
+    assert [sum(name.endswith(".bin") for name in variant.files) for variant in npus] == [1, 2]
+    assert all(variant.residency.elsewhere == () for variant in npus)
+    assert npus[0].kv_cache.dtype == "uint8"
+    code, stdout, err = gochu("run", out, "--on", "htp-simulator", "--prompt", "삼백이십을 숫자로 쓰면?")
+    assert (code, stdout) == (0, "320\n"), err
+
+
+def test_the_calibration_text_can_be_the_users(tmp_path, gochu):
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "23 더하기 45는?"}\n{"nonsense": 1}\n', encoding="utf-8")
+    arguments = ["export", "pepper", "--delegate", "hexagon", "--chips", "sm8650", "--scheme", "w8a16"]
+    arguments += ["--context", "32", "-o", tmp_path / "out", "--no-verify", "--calibration"]
+    code, _, err = gochu(*arguments, text)
+    assert code == 3
+    assert "line 2" in err
+    code, _, err = gochu(*arguments, tmp_path / "absent.txt")
+    assert code in (2, 3)
+    text.write_text('{"text": "23 더하기 45는?"}\n', encoding="utf-8")
+    code, _, err = gochu(*arguments, text)
+    assert code == 0, err
+    assert any(choice.value == "text.jsonl" for choice in Bundle.open(tmp_path / "out").manifest.plan)
+
+
 # what is refused
 
 
