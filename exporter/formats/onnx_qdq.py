@@ -40,7 +40,9 @@ class Value(NamedTuple):
 class QdqGraph:
     """`hexagon_ops.Graph` that writes nodes. `inputs`, `outputs`: as an entry point lists them."""
 
-    def __init__(self, arch: Architecture, weights: Weights, ranges: Ranges, context: int, data: DataFile) -> None:
+    def __init__(
+        self, arch: Architecture, weights: Weights, ranges: Ranges, context: int, data: DataFile
+    ) -> None:
         self.arch, self.weights, self.ranges, self.context = arch, weights, ranges, context
         self.builder = GraphBuilder(data)
         self.inputs: dict[str, TensorSpec] = {}
@@ -59,7 +61,9 @@ class QdqGraph:
         self.outputs[name] = _spec(name, shape, value.quantization, value.bits)
         self._integers[name] = value.integers
 
-    def op(self, kind: str, *inputs: Value, step: str, within: Range | None = None, **attributes: Any) -> Value:
+    def op(
+        self, kind: str, *inputs: Value, step: str, within: Range | None = None, **attributes: Any
+    ) -> Value:
         result = self.builder.emit(kind, [value.real for value in inputs], **attributes)
         return self._quantized(result, (within or self.ranges[step]).quantization(16), 16)
 
@@ -142,7 +146,9 @@ class QdqGraph:
     def _store(self, tensor: QuantizedTensor) -> None:
         name, scheme, (outputs, inputs) = tensor.name, tensor.scheme, tensor.shape
         if not scheme.is_integer or tensor.scales is None:
-            raise RecipeError(f"{name} is {scheme.name}: a graph of integers needs integers, use w8a16 or w4a16")
+            raise RecipeError(
+                f"{name} is {scheme.name}: a graph of integers needs integers, use w8a16 or w4a16"
+            )
         kind = TensorProto.INT4 if scheme.bits == 4 else TensorProto.INT8
         across = transposed(tensor)
         self._data.append(name, kind, [inputs, outputs], list(pack(across)) if scheme.bits == 4 else [across])
@@ -243,7 +249,7 @@ def pack(integers: NDArray[np.int8]) -> Iterator[NDArray[np.uint8]]:
     """INT4 as ONNX stores it: two's complement, two in a byte, the first in the lower half, rows not padded."""
     flat = integers.reshape(1, -1)
     for start in range(0, flat.shape[1], _PIECE):
-        yield pack4(flat[:, start : start + _PIECE].view(np.uint8) & 0xF)[0]
+        yield pack4(flat[:, start : start + _PIECE].view(np.uint8) & np.uint8(0xF))[0]
 
 
 def unpack(packed: NDArray[np.uint8], count: int) -> NDArray[np.int8]:

@@ -63,6 +63,7 @@ class _Graph(OnnxWeights):
     def vector(self, name: str) -> NDArray[np.float32]:
         integers = self._values(name, np.uint16, 0, self._layout[name]["rows"]).astype(np.float32)
         scale, zero_point = (
-            onnx.numpy_helper.to_array(self._initializers[f"{name}.{part}"]) for part in ("scale", "zero_point")
+            onnx.numpy_helper.to_array(self._initializers[f"{name}.{part}"])
+            for part in ("scale", "zero_point")
         )
         return (integers - np.float32(zero_point)) * np.float32(scale)

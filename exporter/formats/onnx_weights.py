@@ -43,14 +43,17 @@ class OnnxWeights:
             kind = np.float16 if bits == 16 else np.float32
             return QuantizedTensor(name, scheme, (rows, inputs), self._rows(place, "", kind, inputs))
         if self._initializers[place["initializer"]].data_type == onnx.TensorProto.INT8:
-            data = self._rows(place, "", np.uint8, inputs) ^ 0x80  # a byte for each, as it is, not q + 128
-            data = pack4(data - np.uint8(120)) if bits == 4 else data
+            data = self._rows(place, "", np.uint8, inputs)  # a byte for each, as it is, not q + 2^(bits-1)
+            data += np.uint8(2 ** (bits - 1))
+            data = pack4(data) if bits == 4 else data
         else:
             data = self._rows(place, "", np.uint8, inputs * bits // 8)
         block = place.get("block", group)
         scales = self._rows(place, ".scales", np.float32, inputs // block if block else 1)
         if not group and (scales != scales[:, :1]).any():
-            raise BundleError(f"{self._graph}: the parts of a channel of {name} differ in scale; export the bundle again")
+            raise BundleError(
+                f"{self._graph}: {name} has several scales for an output; export the bundle again"
+            )
         scales = scales if group else np.ascontiguousarray(scales[:, :1])
         return QuantizedTensor(name, scheme, (rows, inputs), data, scales)
 

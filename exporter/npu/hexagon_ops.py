@@ -124,7 +124,9 @@ class HexagonOps(Generic[V]):
     # the verbs
 
     def embed(self, tokens: V, weight: str) -> V:
-        raise NotImplementedError("rows of the embedding are looked up outside: the NPU would convert the table")
+        raise NotImplementedError(
+            "rows of the embedding are looked up outside: the NPU would convert the table"
+        )
 
     def scale(self, x: V, factor: float) -> V:
         return self._scaled(x, factor, f"{self._here}.scaled")

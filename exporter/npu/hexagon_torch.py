@@ -50,7 +50,9 @@ class TorchGraph:
     def output(self, name: str, value: Tensor, shape: Sequence[int]) -> None:
         self.outputs[name] = value
 
-    def op(self, kind: str, *inputs: Tensor, step: str, within: Range | None = None, **attributes: Any) -> Tensor:
+    def op(
+        self, kind: str, *inputs: Tensor, step: str, within: Range | None = None, **attributes: Any
+    ) -> Tensor:
         result = _OPERATORS[kind](*inputs, **attributes)
         if within is None:
             self.observe(step, result)
@@ -135,7 +137,9 @@ def calibrate(
     table = weights.matrix("embedding")
     for rows in pieces(table):  # all of it: which tokens come is not known, and a lookup costs no accuracy
         observe(EMBEDDING, rows * arch.embedding_scale)
-    hidden = [look_up(torch.tensor([list(s)[:context]]), table) * arch.embedding_scale for s in sequences if s]
+    hidden = [
+        look_up(torch.tensor([list(s)[:context]]), table) * arch.embedding_scale for s in sequences if s
+    ]
     del table
     for i in range(arch.layers):
         hidden = [_layer(graph, arch, context, i, x, chunk) for x in hidden]
@@ -150,7 +154,9 @@ def _layer(graph: TorchGraph, arch: Architecture, context: int, i: int, x: Tenso
     made, start = [], 0
     names = (f"{i}.key", f"{i}.value")
     shapes = ((1, arch.kv_heads, arch.head_dim, 0), (1, arch.kv_heads, 0, arch.head_dim))
-    graph.inputs = {f"past_key_values.{name}": torch.zeros(shape) for name, shape in zip(names, shapes, strict=True)}
+    graph.inputs = {
+        f"past_key_values.{name}": torch.zeros(shape) for name, shape in zip(names, shapes, strict=True)
+    }
     for part in x.split(chunk, 1):
         length = part.shape[1]
         graph.positions = torch.arange(start, start + length)
@@ -158,7 +164,9 @@ def _layer(graph: TorchGraph, arch: Architecture, context: int, i: int, x: Tenso
         made.append(decoder.layer(ops, arch, i, part))
         for name, axis in zip(names, (3, 2), strict=True):
             past = graph.inputs[f"past_key_values.{name}"]
-            graph.inputs[f"past_key_values.{name}"] = torch.cat((past, graph.outputs[f"present.{name}"]), axis)
+            graph.inputs[f"past_key_values.{name}"] = torch.cat(
+                (past, graph.outputs[f"present.{name}"]), axis
+            )
         start += length
     return torch.cat(made, 1)
 

@@ -43,11 +43,6 @@ class Range(NamedTuple):
         scale = float(np.float32((high - low) / largest)) or float(np.finfo(np.float32).tiny)
         return Quantization(scale, min(max(round(-low / scale), 0), largest))
 
-    def __or__(self, other: object) -> "Range":  # type: ignore[override]
-        """The range over both."""
-        assert isinstance(other, Range)
-        return Range(min(self.low, other.low), max(self.high, other.high))
-
 
 class Observer(Protocol):
     """What sees a value's numbers, any number of times, and then tells its range."""
@@ -146,7 +141,9 @@ class Ranges:
             raise RecipeError(f"{step} has no range: calibrate the model again, with this architecture")
         low, high = self.ranges[step]
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise RecipeError(f"{step} became NaN or infinite while the model was calibrated: its weights do not work")
+            raise RecipeError(
+                f"{step} became NaN or infinite while the model was calibrated: its weights do not work"
+            )
         if low >= high:
             raise RecipeError(
                 f"{step} was always {low:g} while the model was calibrated: calibrate on text that uses the whole model"
@@ -161,7 +158,9 @@ class Ranges:
     def from_json(cls, text: str) -> "Ranges":
         """Back from `to_json`; RecipeError if it is not that."""
         try:
-            ranges = {str(step): Range(float(low), float(high)) for step, (low, high) in json.loads(text).items()}
+            ranges = {
+                str(step): Range(float(low), float(high)) for step, (low, high) in json.loads(text).items()
+            }
         except (ValueError, TypeError, AttributeError) as error:
             raise RecipeError(f"these are no ranges ({error}): calibrate the model again") from None
         return cls(ranges)

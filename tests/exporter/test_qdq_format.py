@@ -51,7 +51,8 @@ def written(checkpoints, tmp_path_factory):
             checkpoint = open_checkpoint(checkpoints.folder(family)).__enter__()
             arch = checkpoint.architecture
             weights = QuantizedWeights(checkpoint, recipe.resolve(arch))
-            found = calibrate(arch, weights, [tokens(PROMPT + NEW), tokens(48, 1), tokens(48, 2)], CONTEXT, CHUNK, rules)
+            ids = [tokens(PROMPT + NEW), tokens(48, 1), tokens(48, 2)]
+            found = calibrate(arch, weights, ids, CONTEXT, CHUNK, rules)
             folder = tmp_path_factory.mktemp(family)
             entries = write_qdq(arch, weights, found, CONTEXT, folder, CHUNK, parts)
             made[key] = arch, weights, entries, folder
@@ -123,7 +124,7 @@ def test_the_graphs_say_what_the_decoder_says(family, scheme, written, engine, m
 
 
 def test_parts_are_the_whole(written, engine):
-    whole, split = run(engine("gemma2")), engine("gemma2", "w8a16", (range(0, 2), range(2, 3)))
+    whole, split = run(engine("gemma2")), engine("gemma2", "w8a16", (range(2), range(2, 3)))
     assert [entry.name for entry in split.prefills + split.decodes] == [
         "prefill.0",
         "prefill.1",
@@ -169,7 +170,8 @@ def test_entry_points_are_the_graphs(written):
     assert [spec.name for spec in decode.outputs][-1] == "logits"
     for entry in entries:
         graph = onnx.load(folder / entry.file, load_external_data=False).graph
-        constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer if not tensor.external_data}
+        inline = [tensor for tensor in graph.initializer if not tensor.external_data]
+        constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in inline}
         for specs, infos in ((entry.inputs, graph.input), (entry.outputs, graph.output)):
             assert [spec.name for spec in specs] == [info.name for info in infos]
             for spec, info in zip(specs, infos, strict=True):
@@ -178,10 +180,15 @@ def test_entry_points_are_the_graphs(written):
                 assert spec.dtype == kind.name
                 if spec.name == "positions":
                     continue
-                node = next(n for n in graph.node if spec.name in (*n.input, *n.output) and n.op_type.endswith("eLinear"))
+                ends = [n for n in graph.node if n.op_type.endswith("eLinear")]
+                node = next(n for n in ends if spec.name in (*n.input, *n.output))
                 assert constants[node.input[1]] == np.float32(spec.scale)
                 assert constants[node.input[2]] == spec.zero_point
-    same = {spec.name: (spec.scale, spec.zero_point) for entry in entries for spec in (*entry.inputs, *entry.outputs)}
+    same = {
+        spec.name: (spec.scale, spec.zero_point)
+        for entry in entries
+        for spec in (*entry.inputs, *entry.outputs)
+    }
     for i in range(arch.layers):
         for part in ("key", "value"):
             assert same[f"present.{i}.{part}"] == same[f"past_key_values.{i}.{part}"]

@@ -16,11 +16,17 @@ from exporter.checkpoint import open_checkpoint
 from exporter.formats.onnx_qdq import write_qdq
 from exporter.npu.hexagon_ops import CACHE_BITS, EMBEDDING, HexagonOps, steps
 from exporter.npu.hexagon_torch import calibrate
-from exporter.quantization.recipe import Recipe, find_recipe
+from exporter.quantization.recipe import find_recipe
 from exporter.quantization.weights import QuantizedWeights
 
 CONTEXT, CHUNK = 64, 16
-CHIPS = {"v69": ("36", "69"), "v73": ("43", "73"), "v75": ("57", "75"), "v79": ("69", "79"), "v81": ("87", "81")}
+CHIPS = {
+    "v69": ("36", "69"),
+    "v73": ("43", "73"),
+    "v75": ("57", "75"),
+    "v79": ("69", "79"),
+    "v81": ("87", "81"),
+}
 htp = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime_qnn") is None,
     reason="onnxruntime-qnn, which holds Qualcomm's compiler and simulator, is not installed",
@@ -86,7 +92,9 @@ def test_steps_are_named_alike_whatever_the_length(family, checkpoints):
         arch = checkpoint.architecture
     one, many = named(arch, 1), named(arch, CHUNK)
     assert one.computed == many.computed
-    assert {name: spec[1:] for name, spec in one.inputs.items()} == {n: spec[1:] for n, spec in many.inputs.items()}
+    assert {name: spec[1:] for name, spec in one.inputs.items()} == {
+        n: spec[1:] for n, spec in many.inputs.items()
+    }
     assert [name for name in one.outputs if name != "logits"] == [
         f"present.{i}.{part}" for i in range(arch.layers) for part in ("key", "value")
     ]
@@ -96,7 +104,7 @@ def test_steps_are_named_alike_whatever_the_length(family, checkpoints):
 def test_a_part_goes_on_where_the_one_before_ended(checkpoints):
     with open_checkpoint(checkpoints.folder("gemma2")) as checkpoint:
         arch = checkpoint.architecture
-    first, last = named(arch, 1, range(0, 2), False), named(arch, 1, range(2, 3))
+    first, last = named(arch, 1, range(2), False), named(arch, 1, range(2, 3))
     assert first.inputs["hidden"][1] == EMBEDDING
     assert first.outputs["hidden_out"] == (steps(1).hidden, (1, 1, arch.hidden))
     assert last.inputs["hidden"] == ((1, 1, arch.hidden), steps(1).hidden, 16)
@@ -117,14 +125,19 @@ def test_the_embedding_is_not_in_the_program(checkpoints):
 def simulate(chip, graph, calls, folder):
     """Outputs of each call, and which provider has which operators; AssertionError with the compiler's words."""
     job = folder / f"{graph.stem}-{chip}.npz"
-    np.savez(job, graph=str(graph), **{f"{i}.{k}": v for i, call in enumerate(calls) for k, v in call.items()})
+    np.savez(
+        job, graph=str(graph), **{f"{i}.{k}": v for i, call in enumerate(calls) for k, v in call.items()}
+    )
     script = Path(__file__).with_name("htp_run.py")
     done = subprocess.run(
         [sys.executable, script, *CHIPS[chip], job], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     with np.load(f"{job}.out.npz") as file:
-        results = [{k.partition(".")[2]: v for k, v in file.items() if k.startswith(f"{i}.")} for i in range(len(calls))]
+        results = [
+            {k.partition(".")[2]: v for k, v in file.items() if k.startswith(f"{i}.")}
+            for i in range(len(calls))
+        ]
     return results, json.loads(done.stdout.splitlines()[-1])
 
 
