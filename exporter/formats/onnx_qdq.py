@@ -249,7 +249,7 @@ def pack(integers: NDArray[np.int8]) -> Iterator[NDArray[np.uint8]]:
     """INT4 as ONNX stores it: two's complement, two in a byte, the first in the lower half, rows not padded."""
     flat = integers.reshape(1, -1)
     for start in range(0, flat.shape[1], _PIECE):
-        yield pack4((flat[:, start : start + _PIECE] & 0xF).astype(np.uint8))[0]
+        yield pack4(flat[:, start : start + _PIECE].view(np.uint8) & np.uint8(0xF))[0]
 
 
 def unpack(packed: NDArray[np.uint8], count: int) -> NDArray[np.int8]:

@@ -37,21 +37,21 @@ class OnnxWeights:
     def matrix(self, name: str) -> QuantizedTensor:
         """A weight matrix with its integers and scales."""
         place, scheme = self._layout[name], self.scheme(name)
-        data: NDArray[Any]
         rows, inputs, bits, group = place["rows"], place["inputs"], scheme.bits, scheme.group
         if not scheme.is_integer:
             kind = np.float16 if bits == 16 else np.float32
             return QuantizedTensor(name, scheme, (rows, inputs), self._rows(place, "", kind, inputs))
         if self._initializers[place["initializer"]].data_type == onnx.TensorProto.INT8:
-            whole = self._rows(place, "", np.uint8, inputs) ^ 0x80  # a byte for each, as it is, not q + 128
-            data = pack4((whole - 120).astype(np.uint8)) if bits == 4 else whole
+            data = self._rows(place, "", np.uint8, inputs)  # a byte for each, as it is, not q + 2^(bits-1)
+            data += np.uint8(2 ** (bits - 1))
+            data = pack4(data) if bits == 4 else data
         else:
             data = self._rows(place, "", np.uint8, inputs * bits // 8)
         block = place.get("block", group)
         scales = self._rows(place, ".scales", np.float32, inputs // block if block else 1)
         if not group and (scales != scales[:, :1]).any():
             raise BundleError(
-                f"{self._folder}: the parts of a channel of {name} differ in scale; export the bundle again"
+                f"{self._folder}: {name} has several scales for an output; export the bundle again"
             )
         scales = scales if group else np.ascontiguousarray(scales[:, :1])
         return QuantizedTensor(name, scheme, (rows, inputs), data, scales)

@@ -2,7 +2,7 @@
 chunk long."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,9 @@ def calibration_sequences(
         return tokenizer.encode(template.render(document, add_generation_prompt=False), add_special=False)
 
     longest = min(context, LONGEST)
-    sequences: Iterable[list[int]]
+    sequences: Iterator[list[int]]
     if texts is None and checkpoint.source == "pepper":
-        sequences = [encode(conversation)[:longest] for conversation in _pepper()]
+        sequences = (encode(conversation)[:longest] for conversation in _pepper())
     else:
         sequences = _joined(map(encode, read_texts(texts or TEXTS)), longest)
     return list(_cut(sequences, most))
@@ -69,8 +69,8 @@ def read_texts(path: Path) -> Iterator[str | Conversation]:
             yield _document(json.loads(line))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise RecipeError(
-                f'{path}, line {number}: write {{"text": "..."}} or '
-                '{"messages": [{"role": "user", "content": "..."}]}'
+                f'{path}, line {number}: write {{"text": "..."}}, or {{"messages": [...]}} with the role and content '
+                "of each turn"
             ) from None
 
 
@@ -107,7 +107,7 @@ def _joined(documents: Iterator[list[int]], longest: int) -> Iterator[list[int]]
         yield held
 
 
-def _cut(sequences: Iterator[list[int]] | list[list[int]], most: int) -> Iterator[list[int]]:
+def _cut(sequences: Iterator[list[int]], most: int) -> Iterator[list[int]]:
     for sequence in sequences:
         if sequence[:most]:
             yield sequence[:most]

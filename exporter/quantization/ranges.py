@@ -43,11 +43,6 @@ class Range(NamedTuple):
         scale = float(np.float32((high - low) / largest)) or float(np.finfo(np.float32).tiny)
         return Quantization(scale, min(max(round(-low / scale), 0), largest))
 
-    def __or__(self, other: object) -> "Range":
-        """The range over both."""
-        assert isinstance(other, Range)
-        return Range(min(self.low, other.low), max(self.high, other.high))
-
 
 class Observer(Protocol):
     """What sees a value's numbers, any number of times, and then tells its range."""

@@ -51,9 +51,8 @@ def written(checkpoints, tmp_path_factory):
             checkpoint = open_checkpoint(checkpoints.folder(family)).__enter__()
             arch = checkpoint.architecture
             weights = QuantizedWeights(checkpoint, recipe.resolve(arch))
-            found = calibrate(
-                arch, weights, [tokens(PROMPT + NEW), tokens(48, 1), tokens(48, 2)], CONTEXT, CHUNK, rules
-            )
+            ids = [tokens(PROMPT + NEW), tokens(48, 1), tokens(48, 2)]
+            found = calibrate(arch, weights, ids, CONTEXT, CHUNK, rules)
             folder = tmp_path_factory.mktemp(family)
             entries = write_qdq(arch, weights, found, CONTEXT, folder, CHUNK, parts)
             made[key] = arch, weights, entries, folder
@@ -171,11 +170,8 @@ def test_entry_points_are_the_graphs(written):
     assert [spec.name for spec in decode.outputs][-1] == "logits"
     for entry in entries:
         graph = onnx.load(folder / entry.file, load_external_data=False).graph
-        constants = {
-            tensor.name: onnx.numpy_helper.to_array(tensor)
-            for tensor in graph.initializer
-            if not tensor.external_data
-        }
+        inline = [tensor for tensor in graph.initializer if not tensor.external_data]
+        constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in inline}
         for specs, infos in ((entry.inputs, graph.input), (entry.outputs, graph.output)):
             assert [spec.name for spec in specs] == [info.name for info in infos]
             for spec, info in zip(specs, infos, strict=True):
@@ -184,11 +180,8 @@ def test_entry_points_are_the_graphs(written):
                 assert spec.dtype == kind.name
                 if spec.name == "positions":
                     continue
-                node = next(
-                    n
-                    for n in graph.node
-                    if spec.name in (*n.input, *n.output) and n.op_type.endswith("eLinear")
-                )
+                ends = [n for n in graph.node if n.op_type.endswith("eLinear")]
+                node = next(n for n in ends if spec.name in (*n.input, *n.output))
                 assert constants[node.input[1]] == np.float32(spec.scale)
                 assert constants[node.input[2]] == spec.zero_point
     same = {
