@@ -19,15 +19,17 @@ from exporter.formats.onnx import DATA, GRAPH
 from exporter.formats.onnx_static import write_static
 from exporter.formats.onnx_weights import OnnxWeights
 from exporter.npu import hexagon
+from exporter.npu.hexagon_plan import Wishes
 from exporter.plan import make_plan
 
 
 def main() -> None:
     shape, chip, context, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
     arch = read_architecture(CONFIGS[shape])
-    plan = make_plan(arch, delegate="hexagon", chips=[chip], scheme="int4", context=context)
+    plan = make_plan(arch, delegate="hexagon", wishes=Wishes((chip,)), scheme="int4", context=context)
+    assert plan.compilation
     schemes = {name: decision.scheme for name, decision in plan.decisions.items()}
-    first = plan.parts[0]
+    first = plan.compilation.parts[0]
     config = CONFIGS[shape] | {"num_hidden_layers": first.stop + 1}
     checkpoint, out = write_checkpoint(folder / "checkpoint", config), folder / "out"
     bundle = export(checkpoint, out, format="onnx", scheme="int4", context=context, verify=False, force=True)
@@ -37,11 +39,11 @@ def main() -> None:
     wanted = [entry for entry in entries if entry.name.endswith(".0")]
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         os.environ["XDG_CACHE_HOME"] = cache
-        (binary,) = hexagon.compile_graphs(wanted, [DATA], plan.chips, bundle.path)
+        (binary,) = hexagon.compile_graphs(wanted, [DATA], plan.compilation.chips, bundle.path)
     size = sum((bundle.path / name).stat().st_size for name in binary.result.files if name.endswith(".bin"))
     figures = {
         "shape": shape,
-        "parts": len(plan.parts),
+        "parts": len(plan.compilation.parts),
         "layers": len(first),
         "predicted bytes": hexagon.binary_bytes(arch, schemes, first, head=False),
         "binary bytes": size,

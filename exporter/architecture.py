@@ -7,12 +7,13 @@ Everything that tells one family from another is read here, once; the decoder an
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exporter.errors import CheckpointError, UnsupportedArchitecture
+from runtimes.bundle import KVCache
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,19 @@ class Architecture:
             for linear in sorted(self.biases):
                 yield f"layers.{i}.{linear}.bias", lengths[f"layers.{i}.{linear}"]
         yield "final_norm", self.hidden
+
+    def kv_cache(
+        self, dtype: str, *, shared_buffer: bool = True, held_by: Literal["caller", "program"] = "program"
+    ) -> KVCache:
+        """The layout of this architecture's cache, of numbers of `dtype`."""
+        return KVCache(
+            layers=self.layers,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=dtype,
+            shared_buffer=shared_buffer,
+            held_by=held_by,
+        )
 
     def has_bias(self, weight: str) -> bool:
         """Whether the linear by that canonical name adds a bias."""

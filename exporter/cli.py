@@ -14,6 +14,7 @@ import typer
 from exporter.errors import GochuError
 
 if TYPE_CHECKING:
+    from exporter.npu.hexagon_plan import Wishes
     from exporter.quantization.recipe import Recipe
     from runtimes.generate import Chat, Generation, Model
     from runtimes.measurement import Measurement
@@ -135,10 +136,7 @@ def export(
             context=context,
             format=format,
             delegate=delegate,
-            chips=_names(chips),
-            allow_cpu_ops=allow_cpu_ops,
-            split=split,
-            calibration=calibration,
+            wishes=_wishes(chips, split, calibration, allow_cpu_ops),
             revision=revision,
             verify=verify,
             force=force,
@@ -200,10 +198,7 @@ def plan(
             context=context,
             format=format,
             delegate=delegate,
-            chips=_names(chips),
-            allow_cpu_ops=allow_cpu_ops,
-            split=split,
-            calibration=calibration,
+            wishes=_wishes(chips, split, calibration, allow_cpu_ops),
         )
     if as_json:
         _print_json({"checkpoint": source.name, **made.to_dict()})
@@ -593,8 +588,13 @@ def score(
         console.show_score(result)
 
 
-def _names(listed: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in listed.split(",") if name.strip())
+def _wishes(chips: str, split: bool, calibration: Path | None, allow_cpu_ops: bool) -> "Wishes | None":
+    """What is asked of an NPU's compiler, if anything is."""
+    from exporter.npu.hexagon_plan import Wishes
+
+    listed = tuple(name.strip() for name in chips.split(",") if name.strip())
+    wishes = Wishes(listed, split, calibration, allow_cpu_ops)
+    return None if wishes == Wishes() else wishes
 
 
 def _recipe(name: str | None) -> "Recipe | None":

@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.formats import DELEGATES, FORMATS, HEXAGON, NEURAL_ENGINE, XNNPACK, find_delegate
 from exporter.gate import verify as run_gate
+from exporter.npu.hexagon_plan import Wishes
 from exporter.plan import Plan, make_plan
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.weights import QuantizedWeights
@@ -49,20 +50,16 @@ def export(
     revision: str | None = None,
     format: str | None = None,
     delegate: str | None = None,
-    chips: Sequence[str] = (),
-    allow_cpu_ops: bool = False,
-    split: bool = True,
-    calibration: Path | None = None,
+    wishes: Wishes | None = None,
     verify: bool = True,
     force: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Bundle:
     """Export a checkpoint (folder, repository id, or "pepper") to a bundle at `output`, for a device.
 
-    What is not given (scheme, format, context in tokens) is planned for the device. `delegate`, `chips`,
-    `allow_cpu_ops`, `split`, `calibration`: what computes beside the CPU (see `exporter.plan.make_plan`). Without
-    `verify` the bundle says of itself that it is unverified. Every error is a GochuError; after one there is no bundle
-    at `output`, or the one that was there before.
+    What is not given (scheme, format, context in tokens) is planned for the device. `delegate`, `wishes`: what computes
+    beside the CPU (see `exporter.plan.make_plan`). Without `verify` the bundle says of itself that it is unverified.
+    Every error is a GochuError; after one there is no bundle at `output`, or the one that was there before.
     """
     with open_checkpoint(checkpoint, revision) as source:
         arch = source.architecture
@@ -75,10 +72,7 @@ def export(
             context=context,
             format=format,
             delegate=delegate,
-            chips=chips,
-            allow_cpu_ops=allow_cpu_ops,
-            split=split,
-            calibration=calibration,
+            wishes=wishes,
         )
         _require_libraries(plan, verify)
         text = read_text_side(source)
@@ -92,7 +86,7 @@ def export(
                     return _write_variant(source, plan, part, text, folder, progress)
 
                 made.append(stage.step(part, write))
-            if HEXAGON in plan.delegates:
+            if plan.compilation:
                 made = _for_hexagon(source, plan, stage, made, progress)
             manifest = _manifest(source, plan, text, stage, made)
             write_whole(stage.folder / MANIFEST, manifest.to_json())
@@ -171,36 +165,36 @@ def _write_onnx(
     arch: Architecture, weights: QuantizedWeights, plan: Plan, _: str, text: TextSide, folder: Path
 ) -> Written:
     from exporter.formats.genai import write_genai_config
-    from exporter.formats.onnx import kv_cache, write_onnx
+    from exporter.formats.onnx import write_onnx
 
     entry = write_onnx(arch, weights, plan.context, folder, plan.last_logits_only)
     write_genai_config(arch, text.tokens, entry, plan.context, folder)
-    return (entry,), kv_cache(arch), None, ("onnx",)
+    return (entry,), arch.kv_cache("float32", held_by="caller"), None, ("onnx",)
 
 
 def _write_executorch(
     arch: Architecture, weights: QuantizedWeights, plan: Plan, delegate: str, text: TextSide, folder: Path
 ) -> Written:
     extras.require("executorch.exir", "executorch")  # here, where nobody sees what it says
-    from exporter.formats.executorch import CHUNK, kv_cache, write_executorch
+    from exporter.formats.executorch import CHUNK, write_executorch
     from exporter.formats.executorch_runner import runner_methods
 
     methods = runner_methods(arch, text.tokens, plan.context, min(CHUNK, plan.context))
     tools = ("executorch", "torch")
     if delegate == XNNPACK:
         entry, residency = write_executorch(arch, weights, plan.context, folder, methods)
-        return (entry,), kv_cache(arch), residency, tools
+        return (entry,), arch.kv_cache("float32"), residency, tools
     from exporter.formats.executorch_traced import write_traced
 
     chip = plan.device.soc.id if plan.device else ""
     entry, residency = write_traced(arch, weights, plan.context, folder, delegate, methods, chip)
-    return (entry,), kv_cache(arch, "float16" if delegate != "vulkan" else "float32"), residency, tools
+    return (entry,), arch.kv_cache("float32" if delegate == "vulkan" else "float16"), residency, tools
 
 
 def _write_coreml(
     arch: Architecture, weights: QuantizedWeights, plan: Plan, delegate: str, text: TextSide, folder: Path
 ) -> Written:
-    from exporter.formats.coreml import kv_cache, write_coreml
+    from exporter.formats.coreml import write_coreml
     from exporter.formats.coreml_ane import write_coreml_ane
     from exporter.npu import ane
 
@@ -210,18 +204,18 @@ def _write_coreml(
     if delegate == NEURAL_ENGINE:
         packages = dict.fromkeys(folder / entry.file for entry in entries)
         residency = ane.total([ane.check(package).prediction for package in packages])
-    return entries, kv_cache(arch), residency, ("coremltools",)
+    return entries, arch.kv_cache("float16"), residency, ("coremltools",)
 
 
 def _write_coreai(
     arch: Architecture, weights: QuantizedWeights, plan: Plan, _delegate: str, _text: TextSide, folder: Path
 ) -> Written:
     extras.require("coreai_torch", "coreai")  # here, where nobody sees what it says
-    from exporter.formats.coreai import kv_cache, write_coreai
+    from exporter.formats.coreai import write_coreai
 
     return (
         write_coreai(arch, weights, plan.context, folder),
-        kv_cache(arch),
+        arch.kv_cache("float16"),
         None,
         ("coreai-torch", "coreai-core"),
     )
@@ -240,27 +234,29 @@ def _for_hexagon(
 ) -> list[Any]:
     """A variant for each chip before the CPU's: static graphs over the CPU's weights, and what QNN makes of them."""
     from exporter.formats.onnx import DATA
-    from exporter.formats.onnx_hexagon import kv_cache, write_hexagon
+    from exporter.formats.onnx_hexagon import write_hexagon
     from exporter.npu import hexagon
 
-    arch, (cpu,) = source.architecture, made
+    arch, (cpu,), compilation = source.architecture, made, plan.compilation
+    assert compilation
 
     def write(folder: Path) -> Any:
         progress("write graphs for the NPU", 0, 0)
-        entries, data = write_hexagon(arch, plan, source, folder, progress)
+        entries, data = write_hexagon(source, compilation, plan.context, folder, progress)
         return {"entries": [entry.model_dump(mode="json") for entry in entries], "data": data}
 
     def compile_all(folder: Path) -> Any:
         binaries = hexagon.compile_graphs(
-            entries, graphs["data"], plan.chips, folder, lambda what: progress(what, 0, 0)
+            entries, graphs["data"], compilation.chips, folder, lambda what: progress(what, 0, 0)
         )
         return {binary.chip.id: binary.result.model_dump(mode="json") for binary in binaries}
 
     graphs = stage.step("hexagon graphs", write)
     entries = tuple(EntryPoint(**entry) for entry in graphs["entries"])
+    past = next(spec for e in entries for spec in e.inputs if spec.name.startswith("past_key_values"))
     results = stage.step("hexagon binaries", compile_all)
     variants = []
-    for chip in plan.chips:
+    for chip in compilation.chips:
         result, npu = hexagon.Result(**results[chip.id]), hexagon.npu(chip)
         compiled = [
             entry
@@ -280,10 +276,10 @@ def _for_hexagon(
             context=plan.context,
             last_logits_only=True,
             entry_points=tuple(compiled),
-            kv_cache=kv_cache(arch, entries),
+            kv_cache=arch.kv_cache(past.dtype, shared_buffer=False, held_by="caller"),
             files=tuple(sorted(files)),
             residency=hexagon.residency(result, {e.name: stage.folder / e.file for e in entries}),
-            allows_cpu_ops=plan.allow_cpu_ops,
+            allows_cpu_ops=compilation.wishes.allow_cpu_ops,
             compiled=Compiled(
                 chip=npu.soc_model,
                 arch=npu.arch,

@@ -4,11 +4,9 @@ The rules are plain: the tables below, the profile's figures, and what `runtimes
 No rule knows a device by its name.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import profiles
@@ -27,6 +25,7 @@ from exporter.formats import (
     find_format,
 )
 from exporter.npu import ane, hexagon
+from exporter.npu.hexagon_plan import Compilation, Wishes, compilation
 from exporter.quantization.recipe import Decision, Fit, Recipe
 from exporter.quantization.scheme import Scheme, parse_scheme
 from profiles import Chip, Device
@@ -89,10 +88,8 @@ class Plan:
 
     `device` is None for this computer. `decisions`: canonical tensor name -> scheme and algorithm.
     `delegates`: which compute an ExecuTorch program, a variant for each, the preferred first; `context`: tokens
-    that the graph can hold. `warnings`: what the user should know before it starts. `chips`: for which an NPU's graphs
-    are compiled, a variant for each; `parts`: the layers of each of these graphs. `allow_cpu_ops`: do not fail where an
-    operation is not on the NPU. `route`: by which weights reach it (`npu.hexagon`); `calibration`: the text on which
-    ranges of activations are found (None: the one that is shipped).
+    that the graph can hold. `warnings`: what the user should know before it starts. `compilation`: what an NPU's
+    compiler is told, where one is used here.
     """
 
     device: Device | None
@@ -107,11 +104,7 @@ class Plan:
     choices: tuple[Choice, ...]
     prediction: Prediction
     warnings: tuple[str, ...]
-    chips: tuple[Chip, ...] = ()
-    parts: tuple[range, ...] = ()
-    allow_cpu_ops: bool = False
-    route: str = ""
-    calibration: Path | None = None
+    compilation: Compilation | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """All that determines the exported files, as JSON: equal plans of one model write equal files."""
@@ -124,10 +117,7 @@ class Plan:
             "recipe": self.recipe.model_dump(mode="json"),
             "context": self.context,
             "last_logits_only": self.last_logits_only,
-            "chips": [chip.id for chip in self.chips],
-            "parts": [[part.start, part.stop] for part in self.parts],
-            "allow_cpu_ops": self.allow_cpu_ops,
-            "calibration": _digest(self.calibration),
+            "compilation": self.compilation.fingerprint() if self.compilation else None,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,18 +146,13 @@ def make_plan(
     recipe: Recipe | None = None,
     format: str | None = None,
     delegate: str | None = None,
-    chips: Sequence[str] = (),
-    allow_cpu_ops: bool = False,
-    split: bool = True,
-    calibration: Path | None = None,
+    wishes: Wishes | None = None,
 ) -> Plan:
     """Decide what is not given, and refuse what cannot be.
 
     `device`: a name, model code or chip that `profiles.find` knows; None plans for this computer, without a
-    memory budget. `context` in tokens. `delegate`: what computes instead of the CPU, which it falls back to. `chips`:
-    for delegate "hexagon", names of the chips to compile for (default: the device's; "all" is all that take it);
-    `allow_cpu_ops`: accept operations that its NPU does not take; `split`: into several graphs where one is too large;
-    `calibration`: a text to find ranges of activations on.
+    memory budget. `context` in tokens. `delegate`: what computes instead of the CPU, which it falls back to;
+    `wishes`: what is asked of its compiler, for delegate "hexagon".
 
     Raises:
         PlanRefused: the model does not fit the device's app memory as asked (the message says what would), or
@@ -201,7 +186,8 @@ def make_plan(
     by_quality = tuple(sorted(offers, key=lambda name: -parse_scheme(name).bits))
     engine = "qnn" if HEXAGON in delegates else form.engine
     form = replace(form, engine=engine, fit=_fit(form, delegates), schemes=by_quality)
-    compiled_for = _chips(chosen_delegate, target, chips, schemes)
+    if wishes is not None and HEXAGON not in delegates:
+        raise UsageError("--chips, --calibration, --no-split and --allow-cpu-ops are for --delegate hexagon")
     if context is not None and context % form.block:
         raise PlanRefused(
             f"a context of {context} tokens was asked for, but {form.name} takes blocks of {form.block}: ask for "
@@ -216,8 +202,9 @@ def make_plan(
     plan = _plan(arch, target, form, delegates, chosen, why_format, offered[chosen.recipe], asked)
     if HEXAGON not in delegates:
         return plan
-    plan = replace(plan, allow_cpu_ops=allow_cpu_ops, calibration=calibration)
-    return _for_hexagon(arch, plan, compiled_for, split)
+    weights = {name: decision.scheme for name, decision in plan.decisions.items()}
+    compiled = compilation(arch, weights, target, wishes or Wishes())
+    return replace(plan, compilation=compiled, choices=(*plan.choices, *compiled.choices(arch, weights)))
 
 
 def _format(
@@ -276,45 +263,6 @@ def _delegate(
 
 def _has_neural_engine(device: Device) -> bool:
     return device.soc.npu is not None and device.soc.npu.kind == "ane"
-
-
-def _chips(
-    delegate: Delegate | None, device: Device | None, asked: Sequence[str], schemes: Sequence[Scheme]
-) -> tuple[Chip, ...]:
-    """The chips to compile for: those asked for, "all" that take the schemes, or the device's."""
-    if delegate is None or delegate.name != HEXAGON:
-        if asked:
-            raise UsageError("--chips is for --delegate hexagon, which is compiled for each chip")
-        return ()
-    known = {chip.id: chip for chip in profiles.chips()}
-    if list(asked) == ["all"]:
-        found = [chip for chip in known.values() if _compiles_for(chip, schemes)]
-    elif asked:
-        found = []
-        for name in asked:
-            if name.lower() not in known:
-                hexagons = ", ".join(id for id, chip in known.items() if _compiles_for(chip, ()))
-                raise UsageError(f"there is no chip {name!r}: use all, or some of {hexagons}")
-            found.append(known[name.lower()])
-    elif device:
-        found = [device.soc]
-    else:
-        raise PlanRefused(
-            f"delegate {delegate.name} is compiled for a chip: say for which with --device or --chips"
-        )
-    for chip in found:
-        for scheme in schemes or (None,):
-            hexagon.npu(chip, scheme)
-    return tuple(dict.fromkeys(found))
-
-
-def _compiles_for(chip: Chip, schemes: Sequence[Scheme]) -> bool:
-    try:
-        for scheme in schemes or (None,):
-            hexagon.npu(chip, scheme)
-    except PlanRefused:
-        return False
-    return True
 
 
 def _takes(delegate: Delegate, schemes: Sequence[Scheme]) -> bool:
@@ -590,61 +538,6 @@ def _backend(device: Device | None, form: Format, delegates: tuple[str, ...]) ->
     return Choice(topic="backend", value=cpu, reason=why)
 
 
-def _route(decisions: Iterable[Decision]) -> str:
-    """The quantized route if one matrix asks for it."""
-    routes = {hexagon.route(decision.scheme) for decision in decisions}
-    return hexagon.QUANTIZED if hexagon.QUANTIZED in routes else hexagon.PORTABLE
-
-
-def _digest(file: Path | None) -> str | None:
-    """What a file that the user gives holds; RecipeError if it cannot be read."""
-    if file is None:
-        return None
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise RecipeError(f"{file} cannot be read: {error.strerror}") from None
-
-
-def _for_hexagon(arch: Architecture, plan: Plan, chips: tuple[Chip, ...], split: bool) -> Plan:
-    """A plan with what the NPU's compiler is told: for which chips, in how many graphs."""
-    schemes = {name: decision.scheme for name, decision in plan.decisions.items()}
-    for chip in chips:
-        for scheme in schemes.values():
-            hexagon.npu(chip, scheme)
-    parts = hexagon.split(arch, schemes, forbidden=not split)
-    sizes = [hexagon.binary_bytes(arch, schemes, part, part.stop == arch.layers) for part in parts]
-    limit = _gb(hexagon.table()["limits"]["graph_bytes"])
-    why_split = f"the NPU addresses {limit} for a graph; predicted: {', '.join(map(_gb, sizes))}"
-    if len(parts) > 1:
-        why_split += f"; layers {', '.join(f'{part.start}-{part.stop - 1}' for part in parts)}"
-    named = [f"{chip.id} ({hexagon.npu(chip).arch})" for chip in chips]
-    choices = [
-        *plan.choices,
-        Choice(
-            topic="chips",
-            value=", ".join(named),
-            reason="a binary is for one chip; other phones take the CPU's variant",
-        ),
-        Choice(topic="graphs", value=f"{len(parts)} for each entry point", reason=why_split),
-    ]
-    route = _route(plan.decisions.values())
-    if route == hexagon.QUANTIZED:
-        text = plan.calibration.name if plan.calibration else "the text that is shipped"
-        choices.append(
-            Choice(
-                topic="calibration",
-                value=text,
-                reason="the range of each activation is found on it before, in Korean, English and code, or for pepper "
-                "on what it was trained on; the KV cache has 8 bits",
-            )
-        )
-    if plan.allow_cpu_ops:
-        why = "as asked for: operations that the NPU does not take may run on the CPU"
-        choices.append(Choice(topic="CPU operations", value="allowed", reason=why))
-    return replace(plan, choices=tuple(choices), chips=chips, parts=parts, route=route)
-
-
 def _layout(device: Device | None, delegate: str) -> str:
     """Why a Core ML package is laid out as it is."""
     never = "written here, and evaluated operation by operation, never run on Apple's hardware"
@@ -684,11 +577,9 @@ def _deviations(recipe: Recipe, decisions: Mapping[str, Decision]) -> Iterator[C
 
 def _activations(form: Format, delegates: tuple[str, ...], decisions: Mapping[str, Decision]) -> Choice:
     if HEXAGON in delegates:
-        quantized = any(hexagon.route(d.scheme) == hexagon.QUANTIZED for d in decisions.values())
-        value = "uint16" if quantized else "float16"
-        return Choice(
-            topic="activations", value=value, reason=hexagon.reason("routes", _route(decisions.values()))
-        )
+        route = hexagon.common_route(decision.scheme for decision in decisions.values())
+        value = "uint16" if route == hexagon.QUANTIZED else "float16"
+        return Choice(topic="activations", value=value, reason=hexagon.reason("routes", route))
     if delegates and delegates[0] != XNNPACK:
         why = f"{find_delegate(delegates[0]).title} unfolds the weights where it multiplies by them"
         return Choice(topic="activations", value="float16" if form.name == "coreml" else "float", reason=why)

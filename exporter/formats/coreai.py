@@ -35,7 +35,7 @@ from exporter.formats import FORMATS
 from exporter.formats.coreai_ops import OPERATORS, CoreAiOps
 from exporter.quantization.weights import Weights
 from runtimes import extras
-from runtimes.bundle import EntryPoint, KVCache, TensorSpec
+from runtimes.bundle import EntryPoint, TensorSpec
 from runtimes.errors import BundleError
 from runtimes.quiet import quiet
 
@@ -197,18 +197,6 @@ def write_coreai(arch: Architecture, weights: Weights, context: int, folder: Pat
     metadata = folder / ASSET / _METADATA  # coreai's writer gives its keys in an order that changes
     metadata.write_text(json.dumps(json.loads(metadata.read_bytes()), indent=2, sort_keys=True), "utf-8")
     return tuple(_entry_point(name, part) for name, part in parts.items())
-
-
-def kv_cache(arch: Architecture) -> KVCache:
-    """The cache's layout: float16 states of the asset."""
-    return KVCache(
-        layers=arch.layers,
-        kv_heads=arch.kv_heads,
-        head_dim=arch.head_dim,
-        dtype="float16",
-        shared_buffer=True,
-        held_by="program",
-    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from exporter.decoder import decoder
 from exporter.formats.coreml_ops import CHUNK, MASKED, ProgramOps
 from exporter.formats.coreml_program import MilFunction, Package, Var
 from exporter.quantization.weights import Weights
-from runtimes.bundle import EntryPoint, KVCache, TensorSpec
+from runtimes.bundle import EntryPoint, TensorSpec
 
 PACKAGE = "model.mlpackage"
 
@@ -107,18 +107,6 @@ def write_coreml(
         entries.append(_entry_point(entry, name, length, arch))
     package.finish({"gochu.family": arch.family, "gochu.context": str(context)})
     return tuple(entries)
-
-
-def kv_cache(arch: Architecture) -> KVCache:
-    """The cache's layout: float16 states of the package."""
-    return KVCache(
-        layers=arch.layers,
-        kv_heads=arch.kv_heads,
-        head_dim=arch.head_dim,
-        dtype="float16",
-        shared_buffer=True,
-        held_by="program",
-    )
 
 
 def _entry_point(name: str, file: str, length: int, arch: Architecture) -> EntryPoint:

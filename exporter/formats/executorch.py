@@ -34,7 +34,7 @@ from exporter.primitive_ops import REST, PrimitiveOps, shape_after
 from exporter.quantization.tensor import QuantizedTensor
 from exporter.quantization.weights import Weights
 from exporter.residency import Tally
-from runtimes.bundle import EntryPoint, KVCache, Residency, TensorSpec
+from runtimes.bundle import EntryPoint, Residency, TensorSpec
 
 PROGRAM = "model.pte"
 METHOD = "forward"
@@ -408,18 +408,6 @@ def write_executorch(
             writer.write(offset, np.frombuffer(graph.serialize(), np.uint8))
         writer.finish(program)
     return _entry_point(arch, ops.chunk, name), ops.residency()
-
-
-def kv_cache(arch: Architecture, dtype: str = "float32") -> KVCache:
-    """The cache's layout: inside the program."""
-    return KVCache(
-        layers=arch.layers,
-        kv_heads=arch.kv_heads,
-        head_dim=arch.head_dim,
-        dtype=dtype,
-        shared_buffer=True,
-        held_by="program",
-    )
 
 
 def _entry_point(arch: Architecture, chunk: int, name: str) -> EntryPoint:

@@ -21,7 +21,7 @@ from exporter.formats.onnx_graph import CONTRIB, DataFile, GraphBuilder, joined,
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor
 from exporter.quantization.weights import Weights
-from runtimes.bundle import EntryPoint, KVCache, TensorSpec
+from runtimes.bundle import EntryPoint, TensorSpec
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 OPSET, IR = 21, 10
@@ -329,17 +329,6 @@ def write_onnx(
         ops.output(decoder.decoder(ops, arch, "input_ids"), "logits")
         save(ops.g.model("decoder", entry.inputs, entry.outputs, OPSET, IR, whole=True), folder / GRAPH)
     return entry
-
-
-def kv_cache(arch: Architecture) -> KVCache:
-    """The cache's layout: float32, one buffer serves as past and present."""
-    return KVCache(
-        layers=arch.layers,
-        kv_heads=arch.kv_heads,
-        head_dim=arch.head_dim,
-        dtype="float32",
-        shared_buffer=True,
-    )
 
 
 def _entry_point(arch: Architecture, last_only: bool) -> EntryPoint:

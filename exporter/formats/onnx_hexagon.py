@@ -3,16 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint
 from exporter.formats import onnx_qdq
 from exporter.formats.onnx import DATA, GRAPH
 from exporter.formats.onnx_static import CHUNK, write_embedding, write_static
 from exporter.formats.onnx_weights import OnnxWeights
 from exporter.npu.hexagon import QUANTIZED
-from exporter.plan import Plan
+from exporter.npu.hexagon_plan import Compilation
 from exporter.quantization.calibration import MOST, calibration_sequences
-from runtimes.bundle import EntryPoint, KVCache
+from runtimes.bundle import EntryPoint
 
 SHARE = 4  # a chunk is at most this part of the context: more of a prompt's last chunk would be padding
 WORK = (
@@ -21,9 +20,9 @@ WORK = (
 
 
 def write_hexagon(
-    arch: Architecture,
-    plan: Plan,
     source: Checkpoint,
+    compilation: Compilation,
+    context: int,
     folder: Path,
     progress: Callable[[str, int, int], None],
 ) -> tuple[tuple[EntryPoint, ...], list[str]]:
@@ -32,17 +31,18 @@ def write_hexagon(
     All are over the integers of the CPU's graph: as they lie in its file, or laid out anew where the NPU's values are
     integers too. RecipeError if the calibration text cannot be used or left a value unseen.
     """
-    weights, chunk = OnnxWeights(folder / GRAPH), chunk_length(plan.context)
-    if plan.route != QUANTIZED:
-        return write_static(arch, weights, plan.context, folder, chunk, plan.parts), [DATA]
+    arch, parts, chunk = source.architecture, compilation.parts, chunk_length(context)
+    weights = OnnxWeights(folder / GRAPH)
+    if compilation.route != QUANTIZED:
+        return write_static(arch, weights, context, folder, chunk, parts), [DATA]
     from exporter.npu.hexagon_torch import calibrate
 
     progress("find ranges of activations", 0, 0)
     most = int(min(MOST, max(2 * CHUNK, WORK / arch.parameters)))
-    sequences = calibration_sequences(source, plan.context, plan.calibration, most)
-    ranges = calibrate(arch, weights, sequences, plan.context, chunk)
+    sequences = calibration_sequences(source, context, compilation.wishes.calibration, most)
+    ranges = calibrate(arch, weights, sequences, context, chunk)
     progress("write graphs for the NPU", 0, 0)
-    entries = onnx_qdq.write_qdq(arch, weights, ranges, plan.context, folder, chunk, plan.parts)
+    entries = onnx_qdq.write_qdq(arch, weights, ranges, context, folder, chunk, parts)
     hidden = next(spec for entry in entries for spec in entry.inputs if spec.name == "hidden")
     return (write_embedding(arch, weights, folder, hidden), *entries), [onnx_qdq.DATA]
 
@@ -50,15 +50,3 @@ def write_hexagon(
 def chunk_length(context: int) -> int:
     """Tokens that `prefill` takes at once."""
     return max(1, min(CHUNK, context // SHARE))
-
-
-def kv_cache(arch: Architecture, entries: tuple[EntryPoint, ...]) -> KVCache:
-    """The cache as the graphs take it."""
-    past = next(spec for e in entries for spec in e.inputs if spec.name.startswith("past_key_values"))
-    return KVCache(
-        layers=arch.layers,
-        kv_heads=arch.kv_heads,
-        head_dim=arch.head_dim,
-        dtype=past.dtype,
-        shared_buffer=False,
-    )

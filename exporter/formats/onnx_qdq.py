@@ -20,7 +20,7 @@ from exporter.npu.hexagon_ops import HexagonOps
 from exporter.quantization.ranges import Quantization, Range, Ranges
 from exporter.quantization.tensor import QuantizedTensor, pack4
 from exporter.quantization.weights import Weights
-from runtimes.bundle import EntryPoint, KVCache, TensorSpec
+from runtimes.bundle import EntryPoint, TensorSpec
 
 DATA = "hexagon.onnx.data"
 OPSET, IR = 23, 11
@@ -210,17 +210,6 @@ def write_qdq(
                     )
                 )
     return tuple(entries)
-
-
-def kv_cache(arch: Architecture) -> KVCache:
-    """The cache's layout: uint8, keys [1, kv_heads, head_dim, context], values [1, kv_heads, context, head_dim]."""
-    return KVCache(
-        layers=arch.layers,
-        kv_heads=arch.kv_heads,
-        head_dim=arch.head_dim,
-        dtype="uint8",
-        shared_buffer=False,
-    )
 
 
 def _spec(name: str, shape: Sequence[int], quantization: Quantization, bits: int) -> TensorSpec:

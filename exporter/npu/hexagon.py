@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,6 +43,11 @@ def table() -> dict[str, Any]:
 def route(scheme: Scheme) -> str:
     """How weights of a scheme reach the NPU: as they are, in float16, or with quantized activations."""
     return QUANTIZED if scheme.activations == "uint16" else PORTABLE
+
+
+def common_route(schemes: Iterable[Scheme]) -> str:
+    """The quantized route if one matrix asks for it."""
+    return QUANTIZED if any(route(scheme) == QUANTIZED for scheme in schemes) else PORTABLE
 
 
 def takes(arch: str, kind: str, what: str) -> bool:

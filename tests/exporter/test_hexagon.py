@@ -16,6 +16,7 @@ from exporter.errors import PlanRefused, RecipeError, UsageError
 from exporter.formats import onnx_hexagon, onnx_static
 from exporter.formats.onnx_static import StaticOps
 from exporter.npu import hexagon
+from exporter.npu.hexagon_plan import Wishes
 from exporter.plan import make_plan
 from exporter.quantization.scheme import Scheme, parse_scheme
 from runtimes import qnn
@@ -26,9 +27,9 @@ from runtimes.errors import BundleError, EngineError
 PORTABLE = ("sm8550", "sm8650", "sm8750", "sm8850")  # v73, v75, v79, v81
 
 
-def hexagon_export(checkpoint: Any, out: Path, **more: Any) -> Bundle:
-    more = {"delegate": "hexagon", "chips": ["sm8650"], "scheme": "int4", "context": 64} | more
-    return export(checkpoint, out, **more)
+def hexagon_export(checkpoint: Any, out: Path, chips: Any = ("sm8650",), **more: Any) -> Bundle:
+    more = {"delegate": "hexagon", "scheme": "int4", "context": 64} | more
+    return export(checkpoint, out, wishes=Wishes(tuple(chips)), **more)
 
 
 def test_every_family_is_whole_on_the_npu(family, checkpoints, tmp_path):
@@ -254,7 +255,7 @@ def test_what_qnn_says_is_kept(tmp_path, monkeypatch):
         ({"chips": []}, PlanRefused, "--device or --chips"),
         ({"scheme": "fp32"}, RecipeError, "float16"),
         ({"scheme": "pal4"}, RecipeError, "lookup tables"),
-        ({"delegate": None}, UsageError, "--delegate hexagon"),
+        ({"delegate": None}, UsageError, "for --delegate hexagon"),
         ({"format": "executorch"}, UsageError, "hexagon is for --format onnx"),
     ],
 )
@@ -266,8 +267,8 @@ def test_refusals(asked, error, match, tmp_path):
 
 def test_all_chips_that_take_it(checkpoints):
     arch = read_architecture(json.loads((checkpoints.folder("qwen2") / "config.json").read_text()))
-    plan = make_plan(arch, delegate="hexagon", chips=["all"], scheme="int4", context=64)
-    archs = {chip.npu.arch for chip in plan.chips}
+    plan = make_plan(arch, delegate="hexagon", wishes=Wishes(("all",)), scheme="int4", context=64)
+    archs = {chip.npu.arch for chip in plan.compilation.chips}
     assert {"v73", "v75", "v79", "v81"} <= archs
     assert all(int(arch[1:]) >= 73 for arch in archs)
 
