@@ -16,11 +16,17 @@ from exporter.formats.onnx_weights import OnnxWeights
 from exporter.npu import hexagon_ops
 from exporter.npu.hexagon_ops import HexagonOps
 from exporter.npu.hexagon_torch import RULES, TorchGraph, calibrate
+from exporter.pepper.questions import held_out
+from exporter.pepper.score import score
 from exporter.quantization import ranges, rtn
-from exporter.quantization.recipe import Recipe, Rule
+from exporter.quantization.calibration import calibration_sequences
+from exporter.quantization.recipe import Recipe, Rule, find_recipe
 from exporter.quantization.scheme import parse_scheme
 from exporter.quantization.weights import QuantizedWeights
+from exporter.tokenizer import read_text_side
 from exporter.torch_ops import TorchOps, look_up
+from runtimes.chat import ChatTemplate
+from runtimes.tokenizer import Tokenizer
 
 CONTEXT, CHUNK = 64, 16
 PROMPT, NEW = 27, 8  # tokens: a chunk and a part of one, then one by one
@@ -291,3 +297,26 @@ def test_the_cpu_holds_the_same_integers(family, scheme, checkpoints, tmp_path):
     empty = np.zeros((1, arch.kv_heads, 0, arch.head_dim), np.float32)
     given |= {spec.name: empty for spec in session.get_inputs() if spec.name.startswith("past")}
     assert errors(session.run(["logits"], given)[0][:, -1], theirs).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["hexagon-w8a16", "hexagon-w4a16"])
+def test_pepper_still_answers(name, tmp_path, qdq_engine):
+    """With ranges found on its training questions, held-out ones are answered as by the float model."""
+    with open_checkpoint("pepper") as checkpoint:
+        arch, side = checkpoint.architecture, read_text_side(checkpoint)
+        weights = QuantizedWeights(checkpoint, find_recipe(name).resolve(arch))
+        found = calibrate(arch, weights, calibration_sequences(checkpoint, 128), 128)
+        entries = write_qdq(arch, weights, found, 128, tmp_path, 32)
+        engine = qdq_engine(tmp_path, entries, weights.matrix("embedding"))
+        tokenizer = Tokenizer(checkpoint.path / "tokenizer.json")
+    template = ChatTemplate(side.chat_template, bos_token=tokenizer.token(side.tokens.bos))
+
+    def answer(prompt):
+        engine.reset()
+        text = template.render([{"role": "user", "content": prompt}])
+        said = [int(engine.prefill(tokenizer.encode(text, add_special=False)).argmax())]
+        while said[-1] not in side.tokens.eos and len(said) < 32:
+            said.append(int(engine.decode(said[-1]).argmax()))
+        return tokenizer.decode(said)
+
+    assert score(answer, held_out(28)).overall.right >= 27  # as many as in float
