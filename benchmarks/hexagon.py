@@ -67,7 +67,8 @@ def sizes(output: Path) -> tuple[int, int, int]:
 
 
 def step(output: Path) -> dict[str, float]:
-    """One token through the simulator and through the CPU: correlation of the logits, and whether both choose alike."""
+    """One token through the simulator, and by the CPU's kernels: correlation of the logits, and whether both choose
+    the same; the correlation with the CPU's variant, whose activations are floats."""
     script = Path(__file__).with_name("hexagon_step.py")
     done = subprocess.run(
         [sys.executable, str(script), str(output)], capture_output=True, text=True, check=False
@@ -96,7 +97,11 @@ def measure(work: Path) -> list[dict[str, Any]]:
             "predicted MB": predicted / 1e6,
         }
         found = step(output) if number < STEPPED else {}
-        row |= {"correlation": found.get("correlation"), "same token": found.get("same")}
+        row |= {
+            "correlation": found.get("correlation"),
+            "same token": found.get("same"),
+            "with float": found.get("with float"),
+        }
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
         shutil.rmtree(output, ignore_errors=True)
