@@ -308,7 +308,10 @@ def _bits(kind: Kind) -> int:
 
 
 def _manifest(model: bytes) -> str:
-    """The package's table of contents; identifiers come from the model, so that the same one gives the same bytes."""
+    """The package's table of contents; identifiers come from the model, so that the same one gives the same bytes.
+
+    In the order that Core ML's own library keeps: it writes the file anew whenever it opens the package.
+    """
     digest = hashlib.sha256(model).digest()
     parts = {"model": (_MODEL, "CoreML Model Specification"), "weights": (_WEIGHTS, "CoreML Model Weights")}
     ids = {part: str(uuid.UUID(bytes=hashlib.sha256(digest + part.encode()).digest()[:16])) for part in parts}
@@ -323,7 +326,7 @@ def _manifest(model: bytes) -> str:
     }
     contents = {
         "fileFormatVersion": "1.0.0",
-        "itemInfoEntries": entries,
+        "itemInfoEntries": dict(sorted(entries.items())),
         "rootModelIdentifier": ids["model"],
     }
     return json.dumps(contents, indent=4) + "\n"

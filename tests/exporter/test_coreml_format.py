@@ -146,6 +146,14 @@ def test_both_functions_share_their_weights(checkpoints, tmp_path):
     assert weights.stat().st_size < 1.15 * stored
 
 
+def test_coremltools_opens_a_package_and_leaves_it_as_it_is(family, made):
+    """It writes the table of contents anew when it opens one: a bundle must still be what was exported."""
+    tools = pytest.importorskip("coremltools")
+    bundle = made(family, "gpu", "int8")
+    tools.models.MLModel(str(bundle.path / "model.mlpackage"), skip_model_load=True, function_name="decode")
+    bundle.verify_checksums()
+
+
 def test_the_same_plan_writes_the_same_bytes(checkpoints, tmp_path):
     written = []
     for name in ("a", "b"):
