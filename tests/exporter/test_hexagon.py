@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("onnxruntime_qnn", reason="onnxruntime-qnn is not installed")
 
-from exporter import export
+from exporter import export, gate
 from exporter.architecture import read_architecture
 from exporter.errors import PlanRefused, RecipeError, UsageError
 from exporter.formats import onnx_hexagon, onnx_static
@@ -25,6 +25,14 @@ from runtimes.engines import choose_variant, open_engine
 from runtimes.errors import BundleError, EngineError
 
 PORTABLE = ("sm8550", "sm8650", "sm8750", "sm8850")  # v73, v75, v79, v81
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_gate():
+    """Two tokens for each of the gate's prompts: a token takes the simulator a quarter of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "SIMULATED_TOKENS", 2)
+        yield
 
 
 def hexagon_export(checkpoint: Any, out: Path, chips: Any = ("sm8650",), **more: Any) -> Bundle:
