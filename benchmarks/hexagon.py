@@ -10,7 +10,6 @@ what they say. The simulator's time says nothing of a phone's, so no speed is re
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -33,7 +32,7 @@ STEPPED = 2  # cases of which a step is simulated
 SIZE = 1.1  # of the integers' own
 CORRELATION = 0.999
 PREDICTED = 0.05
-PARTS = Path(__file__).with_name("hexagon_parts.py")
+PARTS, STEP = (Path(__file__).with_name(f"hexagon_{name}.py") for name in ("parts", "step"))
 
 
 def export(checkpoint: Path, output: Path, asked: tuple[str, ...], cache: Path) -> Run:
@@ -69,13 +68,8 @@ def sizes(output: Path) -> tuple[int, int, int]:
 def step(output: Path) -> dict[str, float]:
     """One token through the simulator, and by the CPU's kernels: correlation of the logits, and whether both choose
     the same; the correlation with the CPU's variant, whose activations are floats."""
-    script = Path(__file__).with_name("hexagon_step.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(output)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"the step in the simulator failed:\n{done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    run = run_or_stop([sys.executable, str(STEP), str(output)])
+    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
     return found
 
 

@@ -39,8 +39,8 @@ def main() -> None:
     wanted = [entry for entry in entries if entry.name.endswith(".0")]
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         os.environ["XDG_CACHE_HOME"] = cache
-        (binary,) = hexagon.compile_graphs(wanted, [DATA], plan.compilation.chips, bundle.path)
-    size = sum((bundle.path / name).stat().st_size for name in binary.result.files if name.endswith(".bin"))
+        (result,) = hexagon.compile_graphs(wanted, [DATA], plan.compilation.chips, bundle.path)
+    size = sum((bundle.path / name).stat().st_size for name in result.files if name.endswith(".bin"))
     figures = {
         "shape": shape,
         "parts": len(plan.compilation.parts),

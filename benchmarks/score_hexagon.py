@@ -8,14 +8,13 @@ time says nothing of a phone's.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import Bound, finish, table
+from common import Bound, finish, run_or_stop, table
 
 CHIPS = {"sm8450": "v69", "sm8550": "v73", "sm8650": "v75", "sm8750": "v79", "sm8850": "v81"}
 # How it is asked for: on which chips, what it is held against, and points that it may lose.
@@ -30,10 +29,7 @@ CONTEXT = 128  # tokens: pepper's questions are short
 def gochu(*arguments: object) -> str:
     """Run a command; what it printed."""
     command = [str(Path(sys.executable).with_name("gochu")), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed with {done.returncode}:\n{done.stderr[-2000:]}")
-    return done.stdout
+    return run_or_stop(command).stdout
 
 
 def rate(bundle: Path, questions: int, *options: str) -> float:

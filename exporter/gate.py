@@ -65,8 +65,8 @@ class Effort:
 # Products rounded to float16. Of random models, whose weights amplify it most, single steps reach 2 %; the tokens that
 # differ are nearer than 0.6 %.
 HALF_BOUNDS = Bounds(largest=2e-2, mean=5e-3, tie=1e-2)
+CORRELATION = 0.999  # of a step's logits, where all values are integers: the simulator's and the CPU's
 # All in float16, sums too: of tiny random models, single steps reach 1.4 %.
-CORRELATION = 0.999
 NPU_BOUNDS = Bounds(largest=2e-2, mean=1e-2, tie=2e-2)
 FLOAT_BOUNDS = Bounds(largest=1e-3, mean=1e-4, tie=1e-3)  # float32 sums in another order
 
@@ -288,9 +288,8 @@ def _tokens(
     if variant.compiled:
         on_cpu = np.concatenate(_teacher_forced(bundle, variant, prompts, sequences, effort.tokens))
         if _is_quantized(variant):
-            rounded = (
-                on_cpu  # every value is rounded: the same graph, computed by somebody else, is the reference
-            )
+            # Every value is rounded: the same graph, computed by somebody else, is the reference.
+            rounded = on_cpu
             yield _correlation(ours, on_cpu)
         else:
             error = np.abs(on_cpu - exact).max(-1) / spread

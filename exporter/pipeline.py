@@ -241,23 +241,22 @@ def _for_hexagon(
     assert compilation
 
     def write(folder: Path) -> Any:
-        progress("write graphs for the NPU", 0, 0)
         entries, data = write_hexagon(source, compilation, plan.context, folder, progress)
         return {"entries": [entry.model_dump(mode="json") for entry in entries], "data": data}
 
     def compile_all(folder: Path) -> Any:
-        binaries = hexagon.compile_graphs(
+        done = hexagon.compile_graphs(
             entries, graphs["data"], compilation.chips, folder, lambda what: progress(what, 0, 0)
         )
-        return {binary.chip.id: binary.result.model_dump(mode="json") for binary in binaries}
+        return [result.model_dump(mode="json") for result in done]
 
     graphs = stage.step("hexagon graphs", write)
     entries = tuple(EntryPoint(**entry) for entry in graphs["entries"])
     past = next(spec for e in entries for spec in e.inputs if spec.name.startswith("past_key_values"))
     results = stage.step("hexagon binaries", compile_all)
     variants = []
-    for chip in compilation.chips:
-        result, npu = hexagon.Result(**results[chip.id]), hexagon.npu(chip)
+    for chip, found in zip(compilation.chips, results, strict=True):
+        result, npu = hexagon.Result(**found), hexagon.npu(chip)
         compiled = [
             entry
             if entry.name == "embed"

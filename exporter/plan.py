@@ -256,7 +256,7 @@ def _delegate(
         raise UsageError(
             f"delegate {found.name} is for --format {found.format}, and {form.name} was asked for: drop one of them"
         )
-    if found.for_a_chip and device is None and found.name != HEXAGON:
+    if found.for_a_chip and device is None:
         raise PlanRefused(f"delegate {found.name} is compiled for a chip: say for which with --device")
     return found
 

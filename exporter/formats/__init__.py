@@ -154,7 +154,8 @@ FORMATS = {
 class Delegate:
     """What computes for an engine that hands that on. `title`: for a plan. `schemes`: what is planned, the first
     that is wanted; `fit`: as a format's. `any_length`: a run takes any number of tokens, otherwise one.
-    `for_a_chip`: what is compiled runs on one chip alone. `format`: whose delegate it is."""
+    `for_a_chip`: what is compiled runs on the device's chip alone (hexagon's own plan names its chips). `format`:
+    whose delegate it is."""
 
     name: str
     title: str
@@ -185,7 +186,6 @@ DELEGATES = {
             "Hexagon NPU (ONNX Runtime, QNN)",
             ("int8", "int4", "int4-g128", "fp16"),
             _hexagon,
-            for_a_chip=True,
             format="onnx",
         ),
         Delegate(

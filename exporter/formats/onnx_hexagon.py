@@ -34,6 +34,7 @@ def write_hexagon(
     arch, parts, chunk = source.architecture, compilation.parts, chunk_length(context)
     weights = OnnxWeights(folder / GRAPH)
     if compilation.route != QUANTIZED:
+        progress("write graphs for the NPU", 0, 0)
         return write_static(arch, weights, context, folder, chunk, parts), [DATA]
     from exporter.npu.hexagon_torch import calibrate
 

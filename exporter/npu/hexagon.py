@@ -12,7 +12,6 @@ import shutil
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -203,23 +202,15 @@ _FRUGAL = {
 }
 
 
-@dataclass(frozen=True)
-class Binary:
-    """Graphs compiled for a chip: `files` by graph name, and what they are."""
-
-    chip: Chip
-    result: Result
-    cached: bool
-
-
 def compile_graphs(
     entries: Sequence[EntryPoint],
     data: Sequence[str],
     chips: Sequence[Chip],
     folder: Path,
     progress: Callable[[str], None] = lambda what: None,
-) -> list[Binary]:
-    """Compile `folder`'s static graphs for each chip, several at once as memory allows; files go into `folder`.
+) -> list[Result]:
+    """Compile `folder`'s static graphs, several chips at once as memory allows; files go into `folder`. Returns a
+    result for each chip.
 
     `data`: the weight files beside the graphs. EngineError with QNN's own words if one fails; what others made for
     the cache stays there.
@@ -248,14 +239,13 @@ def _compile(
     chip: Chip,
     folder: Path,
     progress: Callable[[str], None],
-) -> Binary:
+) -> Result:
     target = npu(chip)
     share = takes(target.arch, "features", "shared weights")
     order = [(graph.name, graph.group) for graph in graphs]
     key = json.dumps([order, list(content), chip.id, target.soc_model, target.arch, share, qnn.version()])
     kept = cache_folder() / "hexagon" / hashlib.sha256(key.encode()).hexdigest()
-    cached = (kept / "result.json").is_file()
-    if not cached:
+    if not (kept / "result.json").is_file():
         progress(f"compile for {chip.name}")
         work = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
         shutil.rmtree(work, ignore_errors=True)
@@ -279,7 +269,7 @@ def _compile(
     result = Result.model_validate_json((kept / "result.json").read_text(encoding="utf-8"))
     for name in result.files:
         shutil.copyfile(kept / name, folder / name)
-    return Binary(chip, result, cached)
+    return result
 
 
 def _require_made(result: Result, chip: Chip) -> None:

@@ -1,6 +1,6 @@
 """Engines execute a variant's files. Each has the same verbs: load, prefill, decode, reset.
 
-An engine is a module here with a function
+An engine is a module here with a function, or a class by the name,
 
     load(bundle, variant, choice, *, context, threads, exact) -> Engine
 

@@ -25,26 +25,11 @@ CLOCK = "ONNX Runtime's profiler counts whole microseconds"
 _FATAL = 4  # log severity: what goes wrong comes as an exception, not on the user's screen
 
 
-def load(
-    bundle: Bundle,
-    variant: Variant,
-    choice: Choice,
-    *,
-    context: int,
-    threads: int,
-    exact: bool = False,
-    trace: bool = False,
-) -> "OnnxRuntimeEngine":
-    """Open a variant made for ONNX Runtime; EngineError if its files are damaged."""
-    return OnnxRuntimeEngine(
-        bundle, variant, choice, context=context, threads=threads, exact=exact, trace=trace
-    )
-
-
 class OnnxRuntimeEngine(Session):
     """The verbs of `runtimes.engines.Engine` over an ONNX Runtime session.
 
-    `trace`: have the session note when each operator begins and ends; `write_trace` then saves it.
+    EngineError if the variant's files are damaged. `trace`: have the session note when each operator begins and ends;
+    `write_trace` then saves it.
     """
 
     def __init__(
@@ -173,6 +158,9 @@ class OnnxRuntimeEngine(Session):
             ) from None
         self._position = total
         self.runs += 1
+
+
+load = OnnxRuntimeEngine  # what `open_engine` calls
 
 
 def read_trace(path: Path) -> list[list[tuple[str, float]]]:

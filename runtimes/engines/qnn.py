@@ -22,16 +22,11 @@ from runtimes.session import Session
 _HIDDEN = -1e3  # added to a score in float16 that must not count: exp makes 0 of it
 
 
-def load(
-    bundle: Bundle, variant: Variant, choice: Choice, *, context: int, threads: int, exact: bool = False
-) -> "QnnEngine":
-    """Open a variant for a Hexagon NPU. `exact`: the same graphs by the CPU's kernels, which tells what is the NPU's
-    rounding from what is the graph's."""
-    return QnnEngine(bundle, variant, choice, context=context, threads=threads, exact=exact)
-
-
 class QnnEngine(Session):
-    """The verbs of `runtimes.engines.Engine` over sessions on the NPU, real or simulated."""
+    """The verbs of `runtimes.engines.Engine` over sessions on the NPU, real or simulated.
+
+    `exact`: the same graphs by the CPU's kernels, which tells what is the NPU's rounding from what is the graph's.
+    """
 
     def __init__(
         self,
@@ -117,6 +112,9 @@ class QnnEngine(Session):
                 logits = real(found["logits"][0, count - 1], last)
         self._position += count
         return logits
+
+
+load = QnnEngine  # what `open_engine` calls
 
 
 class _Part:

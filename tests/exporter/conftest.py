@@ -9,20 +9,10 @@ import pytest
 from numpy.typing import NDArray
 
 from exporter.quantization.tensor import QuantizedTensor
+from runtimes import qnn
 from runtimes.bundle import EntryPoint, TensorSpec
 
 Run = Callable[[EntryPoint, dict[str, NDArray[Any]]], list[NDArray[Any]]]
-
-
-def cpu_session(path: Path) -> Any:
-    """Without onnxruntime's optimizations: they would multiply by integers with 8-bit activations."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 class QdqEngine:
@@ -48,7 +38,7 @@ class QdqEngine:
         self._rows, self._scale = table, embedding_scale
         self.calls: list[tuple[str, dict[str, NDArray[Any]]]] = []
         if run is None:
-            sessions = {entry.file: cpu_session(folder / entry.file) for entry in entries}
+            sessions = {entry.file: qnn.open_on_cpu(folder / entry.file) for entry in entries}
 
             def run(entry: EntryPoint, inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
                 return sessions[entry.file].run([spec.name for spec in entry.outputs], inputs)

@@ -196,6 +196,12 @@ def test_the_calibration_text_can_be_the_users(tmp_path, gochu):
 # what is refused
 
 
+def short_export(out: Path) -> list[Any]:
+    """A command that exports the little that shows a refusal."""
+    asked = ["--delegate", "hexagon", "--chips", "sm8650", "--scheme", "int4", "--context", "16"]
+    return ["export", "pepper", *asked, "-o", out]
+
+
 class Erf(StaticOps):
     """With an operation that the HTP does not have, in the middle of each layer."""
 
@@ -206,8 +212,7 @@ class Erf(StaticOps):
 def test_an_operation_that_the_npu_refuses_fails_the_gate(tmp_path, monkeypatch, gochu):
     monkeypatch.setattr(onnx_static, "StaticOps", Erf)
     out = tmp_path / "out"
-    arguments = ["export", "pepper", "--delegate", "hexagon", "--chips", "sm8650", "--scheme", "int4"]
-    arguments += ["--context", "16", "-o", out]
+    arguments = short_export(out)
     code, stdout, err = gochu(*arguments)
     assert (code, stdout) == (4, "")
     assert "refuses Erf" in err
@@ -229,8 +234,7 @@ class LateErf(StaticOps):
 def test_an_operation_on_the_cpu_can_be_accepted(tmp_path, monkeypatch, gochu):
     monkeypatch.setattr(onnx_static, "StaticOps", LateErf)
     out = tmp_path / "out"
-    arguments = ["export", "pepper", "--delegate", "hexagon", "--chips", "sm8650", "--scheme", "int4"]
-    arguments += ["--context", "16", "-o", out]
+    arguments = short_export(out)
     code, stdout, err = gochu(*arguments)
     assert (code, stdout) == (4, "")
     assert "residency" in err
