@@ -410,8 +410,9 @@ def _report(model: "Model", generation: "Generation", as_json: bool) -> None:
         "Or trace it: the time that each operator takes.",
         "gochu bench out/",
         "gochu bench out/ --workload standard --threads 4 --json",
-        "gochu bench out/ --on mac --compute-units ane",
-        "gochu bench out/ --on host,iphone --device-name 'Test iPhone'",
+        "gochu bench out/ --on mac --option compute_units=ane",
+        "gochu bench out/ --on host,iphone --device 'Test iPhone' --out results.jsonl",
+        "gochu bench out/ --ask '23 더하기 45는?'",
         "gochu bench out/ --trace --plot trace.png",
     )
 )
@@ -420,22 +421,33 @@ def bench(
     on: Annotated[
         str,
         typer.Option(
-            metavar="TARGET[,TARGET...]",
-            help="Where: host (this machine), mac (Core ML on this Mac), iphone (one that is connected to this Mac).",
+            metavar="TARGET[,TARGET...]", help="Where: host is this machine; gochu target tells all others."
         ),
     ] = "host",
     workload: Annotated[
-        str, typer.Option(help="smoke (seconds) or standard (prompts of 64, 256 and 1024).")
+        str,
+        typer.Option(
+            help="smoke (seconds), standard (prompts of 64, 256, 1024), sustained (10 minutes), or as pp512,tg128."
+        ),
     ] = "smoke",
     variant: VariantOption = None,
     threads: ThreadsOption = None,
     context: Annotated[int | None, typer.Option(help="Tokens the KV cache holds (default: all).")] = None,
-    device_name: Annotated[
-        str | None, typer.Option(help="Which connected phone, by its name or UDID (iphone).")
+    device: Annotated[
+        str | None, typer.Option(help="Which phone: its name, serial number or UDID; several with commas.")
     ] = None,
-    compute_units: Annotated[
-        str | None,
-        typer.Option(help="cpu, gpu, ane or all (mac, iphone; default: what the variant was made for)."),
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="What a target knows besides.")
+    ] = None,
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(help="Also answer this, greedily; what was said stands in the results."),
+    ] = None,
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="Take figures of another processor than asked for.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Add the measurements to this file (JSON Lines).", dir_okay=False)
     ] = None,
     trace: Annotated[
         bool,
@@ -447,33 +459,53 @@ def bench(
     as_json: Json = False,
 ) -> None:
     if trace:
-        if (on, device_name, compute_units) != ("host", None, None):
+        if on != "host" or any((device, option, ask, out)):
             raise typer.BadParameter(
-                "traces are made on this machine: leave out --on, --device-name and --compute-units",
+                "traces are made on this machine: leave out --on, --device, --option, --ask and --out",
                 param_hint="--trace",
             )
         _trace(bundle, workload, variant, threads, context, plot, as_json)
         return
     if plot is not None:
         raise typer.BadParameter("draws a trace: give --trace with it", param_hint="--plot")
-    from runtimes import targets
+    from exporter import console
+    from runtimes import measurement, targets
+    from runtimes.workload import preset
 
-    options = {
-        "variant": variant,
-        "threads": threads,
-        "context": context,
-        "device_name": device_name,
-        "compute_units": compute_units,
-    }
+    asked = preset(workload).model_copy(update={"prompts": tuple(ask or ())})
     measurements: list[Measurement] = []
-    try:
-        for target, known in targets.choose(on, options):
-            measurements += target.measure(bundle, workload, **known)
-    except BaseException:
-        if measurements:  # what one target said is not lost when the next one fails
-            _show_measurements(measurements, as_json)
-        raise
+    with console.progress() as progress:
+        options = {
+            "variant": variant,
+            "threads": threads,
+            "context": context,
+            "device": device,
+            "allow_fallback": allow_fallback,
+            "progress": lambda what: progress(what, 0, 0),
+            **_pairs(option or []),
+        }
+        chosen = targets.choose(on, options)
+        try:
+            for target, known in chosen:
+                found = target.measure(bundle, asked, **known)
+                measurements += found
+                if out is not None:
+                    measurement.append(out, found)
+                if any("interrupted" in each.marks for each in found):
+                    raise KeyboardInterrupt
+        except BaseException:
+            if measurements:  # what one target said is not lost when the next one fails
+                _show_measurements(measurements, as_json)
+            raise
     _show_measurements(measurements, as_json)
+
+
+def _pairs(options: list[str]) -> dict[str, str]:
+    """--option name=value, as often as it was given."""
+    for option in options:
+        if not option.partition("=")[0].isidentifier() or "=" not in option:
+            raise typer.BadParameter(f"{option!r} is not of the form name=value", param_hint="--option")
+    return dict(option.split("=", 1) for option in options)
 
 
 def _show_measurements(measurements: "list[Measurement]", as_json: bool) -> None:

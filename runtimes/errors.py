@@ -6,6 +6,7 @@ GochuError (profiles/errors.py)
 │   └── UnsafePath          exit 3: a manifest's path leaves its folder
 ├── PromptError             exit 3: the prompt cannot be used (empty, longer than the context)
 ├── TemplateError           exit 3: the chat template fails or asks for what the sandbox forbids
+├── ResultsError            exit 3: a file of measurements that cannot be read or written
 ├── EngineError             exit 6: the engine failed while it loaded or ran the model
 └── TargetError             exit 6: the target could not measure (no such machine, no phone, a tool of its failed)
 """
@@ -19,6 +20,7 @@ __all__ = [
     "GochuError",
     "MissingExtra",
     "PromptError",
+    "ResultsError",
     "TargetError",
     "TemplateError",
     "UnsafePath",
@@ -44,6 +46,10 @@ class PromptError(GochuError):
 
 class TemplateError(GochuError):
     """The chat template is malformed, refuses the messages, or was stopped by the sandbox."""
+
+
+class ResultsError(GochuError):
+    """A file of measurements cannot be read, written, or does not hold what it should."""
 
 
 class EngineError(GochuError):

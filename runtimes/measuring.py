@@ -12,20 +12,35 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from time import perf_counter
-from typing import TypeVar
+from time import perf_counter, sleep
+from typing import NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
 from runtimes import checksums, cpu, memory
-from runtimes.bundle import Bundle, Strict, Variant
+from runtimes.bundle import MANIFEST, TOKENIZER, Bundle, Strict, Variant, file_sha256
 from runtimes.engines import ENGINES, Engine, choose_variant, open_engine
 from runtimes.errors import EngineError, GochuError, MissingExtra
 from runtimes.extras import require
-from runtimes.measurement import Backend, Figure, Measurement, Method, Place, Subject, measured
+from runtimes.measurement import (
+    Answer,
+    Backend,
+    Condition,
+    Figure,
+    Kind,
+    Mark,
+    Measurement,
+    Method,
+    Place,
+    Subject,
+    quantile,
+    sampled,
+)
 from runtimes.workload import Case, Workload, prompt_ids
 
 Told = TypeVar("Told", bound=Strict)
+_FLAGS = ("workload", "on", "variant", "device", "threads", "context")  # all else is an --option
+_PATIENCE = 60.0  # s, for the last words of a process that was interrupted
 
 
 class Job(Strict):
@@ -38,6 +53,10 @@ class Job(Strict):
     threads: int
     warmup: int
     repeats: int
+    minutes: float = 0.0  # instead of `repeats`
+    cool_down: float = 0.0  # s
+    prompts: tuple[str, ...] = ()
+    answer_tokens: int = 1
 
 
 class Samples(Strict):
@@ -47,10 +66,16 @@ class Samples(Strict):
     prefill: tuple[float, ...]
     first_token: tuple[float, ...]  # from the prompt's tokens to the first token of the answer
     decode: tuple[float, ...]  # all further tokens together; empty if there were none
+    times: tuple[float, ...] = ()  # when each began, since the first did; empty but for a sustained run
     peak_memory: int | None
-    peak_private_memory: int | None
-    idle_memory: int | None  # private, before the model was loaded: the interpreter and the engine's library
+    peak_anonymous_memory: int | None
+    peak_mapped_memory: int | None
+    idle_memory: (
+        int | None
+    )  # anonymous, before the model was loaded: the interpreter and the engine's library
     engine: str
+    interrupted: bool = False
+    answers: tuple[Answer, ...] = ()
 
 
 def cases(
@@ -66,10 +91,11 @@ def cases(
     """Each case of a workload as `python -m module` measures it, with a note of what was cut.
 
     `tell`: makes the job of that process from a `Job`'s fields. Raises ChecksumError if a file is not the one that was
-    exported: that is found out here, so that no figure has the cost in it.
+    exported: that is found out here, so that no figure has the cost in it. The workload's prompts are answered in the
+    first case. After one that was interrupted there is no other.
     """
     checksums.check(bundle, variant)
-    for case, note in workload.clipped(context):
+    for number, (case, note) in enumerate(workload.clipped(context)):
         job = tell(
             bundle=str(bundle.path.resolve()),
             variant=variant.name,
@@ -78,8 +104,15 @@ def cases(
             threads=threads,
             warmup=workload.warmup,
             repeats=workload.repeats,
+            minutes=workload.minutes,
+            cool_down=workload.cool_down,
+            prompts=() if number else workload.prompts,
+            answer_tokens=workload.answer_tokens,
         )
-        yield job, note, spawn(module, job)
+        samples = spawn(module, job)
+        yield job, note, samples
+        if samples.interrupted:
+            return
 
 
 def spawn(module: str, job: Job) -> Samples:
@@ -98,8 +131,9 @@ def run(job: Job, load: Callable[[Bundle], Engine] | None = None) -> Samples:
     entry = ENGINES[chosen.engine]
     require(entry.library, entry.extra)  # what Python needs to import it is not the model's load time
     ids = prompt_ids(job.case.prompt_tokens, bundle.manifest.model.vocab)
-    idle = memory.private()
-    with memory.PeakPrivate() as peak:
+    sleep(job.cool_down)
+    idle = memory.anonymous()
+    with memory.Peak() as peak:
         start = perf_counter()
         engine = (
             load(bundle)
@@ -109,24 +143,58 @@ def run(job: Job, load: Callable[[Bundle], Engine] | None = None) -> Samples:
         loaded = perf_counter() - start
         for _ in range(job.warmup):
             _once(engine, ids, job.case.new_tokens)
-    runs = [_once(engine, ids, job.case.new_tokens) for _ in range(job.repeats)]
+    runs, interrupted = _repeat(engine, ids, job)
+    peak_memory = memory.peak_rss()
     return Samples(
         load=loaded,
-        prefill=tuple(r[0] for r in runs),
-        first_token=tuple(r[1] for r in runs),
-        decode=tuple(r[2] for r in runs) if job.case.new_tokens > 1 else (),
-        peak_memory=memory.peak_rss(),
-        peak_private_memory=peak.bytes,
+        prefill=tuple(r.prefill for r in runs),
+        first_token=tuple(r.first for r in runs),
+        decode=tuple(r.decode for r in runs) if job.case.new_tokens > 1 else (),
+        times=tuple(r.began - runs[0].began for r in runs) if job.minutes else (),
+        peak_memory=peak_memory,
+        peak_anonymous_memory=peak.anonymous,
+        peak_mapped_memory=peak.mapped,
         idle_memory=idle,
         engine=engine.version,
+        interrupted=interrupted,
+        answers=() if interrupted else _answers(bundle, engine, job),
     )
 
 
-def _once(engine: Engine, ids: list[int], new_tokens: int) -> tuple[float, float, float]:
-    """Seconds of the prefill, until the first token, and of all further tokens together.
+class _Run(NamedTuple):
+    """When it began, and seconds of the prefill, until the first token, and of all further tokens together."""
 
-    An end-of-text token does not end it, so that all runs are equally long.
-    """
+    began: float
+    prefill: float
+    first: float
+    decode: float
+
+
+def _repeat(engine: Engine, ids: list[int], job: Job) -> tuple[list[_Run], bool]:
+    """The measured runs, at least one, and whether Ctrl-C ended them."""
+    runs = [_once(engine, ids, job.case.new_tokens)]
+    try:
+        while perf_counter() - runs[0].began < 60 * job.minutes if job.minutes else len(runs) < job.repeats:
+            runs.append(_once(engine, ids, job.case.new_tokens))
+    except KeyboardInterrupt:
+        return runs, True
+    return runs, False
+
+
+def _answers(bundle: Bundle, engine: Engine, job: Job) -> tuple[Answer, ...]:
+    """What the model says to the job's prompts, greedily."""
+    if not job.prompts:
+        return ()
+    from runtimes.generate import Model
+    from runtimes.tokenizer import Tokenizer
+
+    model = Model(bundle, engine, Tokenizer(bundle.file(TOKENIZER)))
+    said = ((prompt, model.generate(prompt, max_tokens=job.answer_tokens)) for prompt in job.prompts)
+    return tuple(Answer(prompt=prompt, text=each.text, tokens=each.tokens) for prompt, each in said)
+
+
+def _once(engine: Engine, ids: list[int], new_tokens: int) -> _Run:
+    """A prompt and its answer. An end-of-text token does not end it, so that all runs are equally long."""
     engine.reset()
     start = perf_counter()
     logits = engine.prefill(ids)
@@ -135,7 +203,7 @@ def _once(engine: Engine, ids: list[int], new_tokens: int) -> tuple[float, float
     first = perf_counter()
     for _ in range(new_tokens - 1):
         token = int(engine.decode(token).argmax())
-    return prefilled - start, first - start, perf_counter() - first
+    return _Run(start, prefilled - start, first - start, perf_counter() - first)
 
 
 def run_apart(module: str, job: Strict, env: Mapping[str, str] | None = None) -> str:
@@ -146,10 +214,11 @@ def run_apart(module: str, job: Strict, env: Mapping[str, str] | None = None) ->
     """
     root = str(Path(__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", module],
-        input=job.model_dump_json(),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         encoding="utf-8",
         env={
             **os.environ,
@@ -157,19 +226,37 @@ def run_apart(module: str, job: Strict, env: Mapping[str, str] | None = None) ->
             "PYTHONIOENCODING": "utf-8",
             **(env or {}),
         },
-        check=False,
     )
-    if done.returncode == 0:
-        return done.stdout
-    said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-    if done.returncode == MissingExtra.exit_code:
+    with process:
+        try:
+            printed, complained = process.communicate(job.model_dump_json())
+        except KeyboardInterrupt:  # Ctrl-C reached that process too
+            printed, complained = _last_words(process)
+            if process.returncode != 0:
+                raise
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode == 0:
+        return printed
+    said = (complained.strip().splitlines() or ["nothing"])[-1]
+    if process.returncode == MissingExtra.exit_code:
         raise MissingExtra(said)
-    if done.returncode > 1:  # another of Gochu's own errors, and its sentence
+    if process.returncode > 1:  # another of Gochu's own errors, and its sentence
         raise EngineError(said)
     raise EngineError(
-        f"the process {module} ended with code {done.returncode} and said: {said}; was there enough memory? try a "
+        f"the process {module} ended with code {process.returncode} and said: {said}; was there enough memory? try a "
         "shorter context"
     )
+
+
+def _last_words(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    """What an interrupted process still says: it may have measured something."""
+    try:
+        return process.communicate(timeout=_PATIENCE)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.kill()
+        return process.communicate()
 
 
 def subject(bundle: Bundle, variant: Variant) -> Subject:
@@ -177,10 +264,12 @@ def subject(bundle: Bundle, variant: Variant) -> Subject:
     sizes = {entry.path: entry.size for entry in bundle.manifest.files}
     return Subject(
         model=bundle.manifest.model.name,
+        bundle=file_sha256(bundle.path / MANIFEST),
         variant=variant.name,
         format=variant.format,
         scheme=variant.scheme,
         bytes=sum(sizes[path] for path in variant.files),
+        toolchain=dict(variant.toolchain),
     )
 
 
@@ -197,21 +286,54 @@ def place(target: str, engine: str, threads: int | None, backend: Backend | None
 
 
 def measurement(
-    what: Subject, where: Place, how: Method, figures: Sequence[Figure], bundle: Bundle, **options: object
+    what: Subject,
+    where: Place,
+    how: Method,
+    figures: Sequence[Figure],
+    bundle: Bundle,
+    *,
+    marks: Sequence[Mark] = (),
+    answers: Sequence[Answer] = (),
+    before: Condition | None = None,
+    after: Condition | None = None,
+    **options: object,
 ) -> Measurement:
     """A measurement of now. `options`: of the command that repeats it; those that are None were not given."""
     given = {"workload": how.workload} | options
     words = [
-        f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value
+        f"--{name} {shlex.quote(str(value))}"
+        if name in _FLAGS
+        else f"--option {shlex.quote(f'{name}={value}')}"
+        for name, value in given.items()
+        if value
     ]
+    words += [f"--ask {shlex.quote(answer.prompt)}" for answer in answers]
     return Measurement(
         what=what,
         where=where,
         how=how,
         figures=tuple(figures),
+        marks=tuple(marks),
+        before=before,
+        after=after,
+        answers=tuple(answers),
         command=" ".join(["gochu bench", shlex.quote(bundle.path.name), *words]),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def marks(samples: Samples) -> tuple[Mark, ...]:
+    """What must be known of a run before its figures are believed."""
+    found: list[Mark] = ["interrupted"] if samples.interrupted else []
+    if samples.times and slowed(samples.decode or samples.prefill):
+        found.append("throttled")
+    return tuple(found)
+
+
+def slowed(seconds: Sequence[float]) -> bool:
+    """Whether the last fifth of the runs took a tenth longer than the first fifth, by their medians."""
+    fifth = len(seconds) // 5
+    return fifth > 0 and quantile(seconds[-fifth:], 0.5) > 1.1 * quantile(seconds[:fifth], 0.5)
 
 
 def method(workload: Workload, job: Job, notes: Sequence[str]) -> Method:
@@ -223,25 +345,32 @@ def method(workload: Workload, job: Job, notes: Sequence[str]) -> Method:
         context=job.context,
         warmup=job.warmup,
         repeats=job.repeats,
+        sustained_minutes=job.minutes,
+        cool_down=job.cool_down,
         notes=tuple(filter(None, notes)),
     )
 
 
-def figures(case: Case, samples: Samples) -> tuple[Figure, ...]:
-    """load_time, ttft (s), prefill_speed, decode_speed (tokens/s), peak_memory and peak_private_memory of the process,
-    idle_memory of the process before it loaded the model (bytes), as far as they could be measured."""
+def figures(case: Case, samples: Samples, kind: Kind = "measured") -> tuple[Figure, ...]:
+    """load_time, ttft (s), prefill_speed, decode_speed (tokens/s); peak_memory of the process, and of it
+    peak_anonymous_memory and peak_mapped_memory, and idle_memory (bytes), as far as they could be measured."""
+    times = samples.times
     found = [
-        measured("load_time", "s", [samples.load]),
-        measured("ttft", "s", samples.first_token),
-        measured("prefill_speed", "tokens/s", [case.prompt_tokens / s for s in samples.prefill]),
+        sampled("load_time", "s", [samples.load], kind),
+        sampled("ttft", "s", samples.first_token, kind, times),
+        sampled("prefill_speed", "tokens/s", [case.prompt_tokens / s for s in samples.prefill], kind, times),
     ]
     if samples.decode:
         speeds = [(case.new_tokens - 1) / s for s in samples.decode]
-        found.append(measured("decode_speed", "tokens/s", speeds))
-    for name in ("peak_memory", "peak_private_memory", "idle_memory"):
-        if (size := getattr(samples, name)) is not None:
-            found.append(measured(name, "bytes", [size]))
-    return tuple(found)
+        found.append(sampled("decode_speed", "tokens/s", speeds, kind, times))
+    return (*found, *memory_figures(samples, kind))
+
+
+def memory_figures(samples: Samples, kind: Kind = "measured") -> tuple[Figure, ...]:
+    """The kinds of memory that were seen, in bytes."""
+    names = ("peak_memory", "peak_anonymous_memory", "peak_mapped_memory", "idle_memory")
+    sizes = ((name, getattr(samples, name)) for name in names)
+    return tuple(sampled(name, "bytes", [size], kind) for name, size in sizes if size is not None)
 
 
 def answer(kind: type[Told], run: Callable[[Told], Strict]) -> int:

@@ -1,7 +1,7 @@
 """Memory of this process, as the kernel counts it.
 
 `peak_rss` counts everything resident, the pages of mapped files too, which the system can take back at any
-time. `private` leaves those out (RssAnon + RssShmem): what a phone must have free, or it ends the app
+time (RssFile). `anonymous` leaves those out (RssAnon + RssShmem): what a phone must have free, or it ends the app
 (https://docs.kernel.org/filesystems/proc.html, /proc/PID/status).
 """
 
@@ -34,32 +34,33 @@ def available() -> int | None:
     return int(found) * 1024 if found else None
 
 
-def private() -> int | None:
+def anonymous() -> int | None:
     """Resident memory that is not a mapped file, in bytes; None where the system does not tell."""
     fields = _fields()
     return fields["RssAnon"] + fields["RssShmem"] if fields else None
 
 
-class PeakPrivate:
-    """Watches `private` from a thread while the `with` block runs; `.bytes` is the largest that it saw.
+class Peak:
+    """Watches the kinds of memory from a thread while the `with` block runs: `.anonymous` and `.mapped` are the
+    largest that it saw, in bytes, None where the system does not tell.
 
-    The kernel keeps no high-water mark of it, hence the thread; do not take times inside the block.
+    The kernel keeps no high-water mark of them, hence the thread; do not take times inside the block.
     """
 
-    bytes: int | None
+    anonymous: int | None = None
+    mapped: int | None = None
 
     def __init__(self) -> None:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> "PeakPrivate":
-        self.bytes = private()
-        if self.bytes is not None:
+    def __enter__(self) -> "Peak":
+        if self._look():
             self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.bytes is not None:
+        if self.anonymous is not None:
             self._stop.set()
             self._thread.join()
             self._look()
@@ -68,8 +69,12 @@ class PeakPrivate:
         while not self._stop.wait(_INTERVAL):
             self._look()
 
-    def _look(self) -> None:
-        self.bytes = max(self.bytes or 0, private() or 0)
+    def _look(self) -> bool:
+        fields = _fields()
+        if fields:
+            self.anonymous = max(self.anonymous or 0, fields["RssAnon"] + fields["RssShmem"])
+            self.mapped = max(self.mapped or 0, fields["RssFile"])
+        return bool(fields)
 
 
 def _fields() -> dict[str, int]:

@@ -20,7 +20,7 @@ _COLUMNS = {
     "prefill_speed": "prefill tok/s",
     "decode_speed": "decode tok/s",
     "peak_memory": "peak memory",
-    "peak_private_memory": "of it private",
+    "peak_anonymous_memory": "of it anonymous",
 }
 
 

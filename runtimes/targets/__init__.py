@@ -2,8 +2,11 @@
 
     measure(bundle, workload, *, ...) -> list[Measurement]
 
-whose further parameters are the options that it knows: the command line gives it those, and no others. None imports
-another. A package adds its own by an entry point in the group `gochu.targets`:
+whose further parameters are the options that it knows, of plain types: the command line gives it those, and no others.
+Several have the same names for the same things: variant, device, threads, context, progress (told in words what is
+being done), allow_fallback (take figures of another processor than the one asked for). A target that others must
+prepare for has `setup(progress) -> Path` too. None imports another. A package adds its own by an entry point in the
+group `gochu.targets`:
 
     [project.entry-points."gochu.targets"]
     kettle = "kettle.gochu"
@@ -14,10 +17,13 @@ import importlib
 import importlib.metadata
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from runtimes.errors import TargetError, UsageError
 from runtimes.measurement import Measurement
+from runtimes.workload import Workload
 
 BUILT_IN = ("host", "mac", "iphone")
 GROUP = "gochu.targets"
@@ -26,7 +32,7 @@ GROUP = "gochu.targets"
 class Target(Protocol):
     """What a target's module has."""
 
-    def measure(self, bundle_path: Any, workload: str, **options: Any) -> list[Measurement]: ...
+    def measure(self, bundle_path: Any, workload: Workload | str, **options: Any) -> list[Measurement]: ...
 
 
 def find(name: str) -> Target:
@@ -57,25 +63,38 @@ def find(name: str) -> Target:
     return target
 
 
-def choose(names: str, options: Mapping[str, Any]) -> list[tuple[Target, dict[str, Any]]]:
+# Options that have a flag of their own on the command line; all others are given as --option name=value.
+FLAGS = ("variant", "device", "threads", "context", "allow_fallback")
+OFFERED = ("progress", "allow_fallback")  # given to the targets that know them, and missed by no other
+
+
+def names(listed: str) -> list[str]:
+    """The targets of a comma-separated list, each once; UsageError if a name is missing."""
+    wanted = list(dict.fromkeys(name.strip() for name in listed.split(",")))
+    if "" in wanted:
+        raise UsageError(f"{listed!r} names no target where it should; say for example --on host,mac")
+    return wanted
+
+
+def choose(listed: str, options: Mapping[str, Any]) -> list[tuple[Target, dict[str, Any]]]:
     """The targets of a comma-separated list, each with those of the options that it knows; None is not given.
 
-    UsageError if an option is given that none of them knows.
+    A text becomes what the target's parameter says it is. UsageError if an option is given that none of them knows, or
+    with a value that it cannot have.
     """
-    wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
-    if "" in wanted:
-        raise UsageError(f"{names!r} names no target where it should; say for example --on host,mac")
+    wanted = names(listed)
     given = {key: value for key, value in options.items() if value is not None}
     targets = [find(name) for name in wanted]
     known = [_options(target) for target in targets]
     for key in given:
-        if not any(key in each for each in known):
+        if key not in OFFERED and not any(key in each for each in known):
+            said = [o for o in dict.fromkeys(o for each in known for o in each) if o not in OFFERED]
             raise UsageError(
-                f"{_flag(key)} means nothing to target {' or '.join(wanted)}; "
-                f"what can be said there is {', '.join(map(_flag, dict.fromkeys(o for each in known for o in each)))}"
+                f"{flag(key)} means nothing to target {' or '.join(wanted)}; "
+                f"what can be said there is {', '.join(map(flag, said))}"
             )
     return [
-        (target, {key: value for key, value in given.items() if key in options})
+        (target, {key: _typed(target, key, value) for key, value in given.items() if key in options})
         for target, options in zip(targets, known, strict=True)
     ]
 
@@ -86,5 +105,21 @@ def _options(target: Target) -> Sequence[str]:
     return [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
 
 
-def _flag(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
+def _typed(target: Target, option: str, value: Any) -> Any:
+    """A text as what the option is; UsageError if it cannot be that."""
+    wanted = get_type_hints(target.measure).get(option)
+    if not isinstance(value, str) or wanted is None:
+        return value
+    try:
+        return TypeAdapter(wanted).validate_python(value)
+    except ValidationError as error:
+        raise UsageError(f"{flag(option)} cannot be {value!r}: {error.errors()[0]['msg']}") from None
+
+
+def flag(option: str) -> str:
+    """How an option is said on the command line.
+
+    >>> flag("threads"), flag("compute_units")
+    ('--threads', '--option compute_units=...')
+    """
+    return f"--{option.replace('_', '-')}" if option in FLAGS else f"--option {option}=..."

@@ -35,6 +35,8 @@ def measure(
             measuring.method(workload, job, [note]),
             measuring.figures(job.case, samples),
             bundle,
+            marks=measuring.marks(samples),
+            answers=samples.answers,
             threads=threads,
             variant=variant,
             context=context,

@@ -30,7 +30,7 @@ from runtimes import apple, checksums, measuring
 from runtimes.bundle import Bundle, EntryPoint, Variant
 from runtimes.errors import MissingExtra, TargetError, UsageError
 from runtimes.extras import require
-from runtimes.measurement import Backend, Measurement, Method, Place, measured
+from runtimes.measurement import Backend, Measurement, Method, Place, sampled
 from runtimes.mil.library import EXTRA
 from runtimes.quiet import quiet
 from runtimes.workload import Workload, preset, prompt_ids
@@ -54,14 +54,14 @@ def measure(
     workload: Workload | str = "standard",
     *,
     variant: str | None = None,
-    device_name: str | None = None,
+    device: str | None = None,
     compute_units: str | None = None,
 ) -> list[Measurement]:
     """Measure a bundle's Core ML variant on a connected iPhone: one measurement, whatever the workload's cases.
 
     A function's shapes are fixed, so there is one kind of run of each: of the workload, `repeats` alone counts.
     Figures: load_time (s, all functions), prefill_speed and decode_speed (tokens/s); `where.backend` says which
-    processors Core ML plans for them. `device_name`: the phone's name or UDID, needed if several are connected.
+    processors Core ML plans for them. `device`: the phone's name or UDID, needed if several are connected.
     `compute_units` are as for the target mac. The environment variable GOCHU_APPLE_TEAM holds the ID of the Apple
     development team that the app is signed for. Raises TargetError (no Mac, no iPhone, or Apple's tools fail),
     MissingExtra (coremltools, Xcode), UsageError, BundleError, ChecksumError.
@@ -78,7 +78,7 @@ def measure(
     checksums.check(bundle, chosen)
     with quiet():  # coremltools draws progress bars
         session = _Session(units, team, workload.repeats)
-        phone = session.choose(device_name)
+        phone = session.choose(device)
         runs = asyncio.run(session.measure(phone, chain, bundle.manifest.model.vocab))
     chunk = engine.chunk_length(chain[0][1].prefill)
     lengths = {engine.PREFILL: chunk, engine.DECODE: 1}
@@ -88,16 +88,16 @@ def measure(
             _place(phone, units, runs),
             _method(workload, chunk, chosen),
             [
-                measured("load_time", "s", [sum(each.load for each in runs.values())]),
+                sampled("load_time", "s", [sum(each.load for each in runs.values())]),
                 *(
-                    measured(f"{name}_speed", "tokens/s", [lengths[name] / s for s in each.seconds])
+                    sampled(f"{name}_speed", "tokens/s", [lengths[name] / s for s in each.seconds])
                     for name, each in runs.items()
                 ),
             ],
             bundle,
             on="iphone",
             variant=variant,
-            device_name=device_name,
+            device=device,
             compute_units=compute_units,
         )
     ]
@@ -135,12 +135,10 @@ class _Session:
             )
         listed = ", ".join(f"{each.name} ({each.udid})" for each in phones)
         if name is None and len(phones) > 1:
-            raise UsageError(f"{len(phones)} iPhones are connected: say which with --device-name: {listed}")
+            raise UsageError(f"{len(phones)} iPhones are connected: say which with --device: {listed}")
         wanted = [each for each in phones if name is None or name.casefold() in _names(each)]
         if len(wanted) > 1:
-            raise UsageError(
-                f"{len(wanted)} iPhones are called {name}: give a UDID with --device-name: {listed}"
-            )
+            raise UsageError(f"{len(wanted)} iPhones are called {name}: give a UDID with --device: {listed}")
         if not wanted:
             raise UsageError(f"no connected iPhone is called {name!r}; there are {listed}")
         return _usable(wanted[0])

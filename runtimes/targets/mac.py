@@ -73,6 +73,8 @@ def measure(
             measuring.method(workload, job, [note, unplanned]),
             measuring.figures(job.case, samples),
             bundle,
+            marks=measuring.marks(samples),
+            answers=samples.answers,
             on="mac",
             variant=variant,
             context=context,

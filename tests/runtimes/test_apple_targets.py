@@ -273,10 +273,10 @@ def test_what_is_asked_of_the_iphone(pepper: Bundle, phone: Phone) -> None:
 
 
 def test_compute_units_can_be_asked_for(pepper: Bundle, phone: Phone) -> None:
-    (found,) = iphone.measure(pepper.path, "smoke", compute_units="cpu", device_name="test iphone")
+    (found,) = iphone.measure(pepper.path, "smoke", compute_units="cpu", device="test iphone")
     assert set(phone.log("units")) == {"CPU_ONLY"}
     assert found.where.backend.requested == "CPU"
-    assert found.command.endswith("--on iphone --device-name 'test iphone' --compute-units cpu")
+    assert found.command.endswith("--on iphone --device 'test iphone' --option compute_units=cpu")
 
 
 def test_the_command_line_prints_json_alone(gochu, pepper: Bundle, phone: Phone) -> None:
@@ -293,16 +293,16 @@ def test_one_of_several_iphones_is_asked_for(gochu, pepper: Bundle, phone: Phone
     code, out, err = gochu(*run)
     assert (code, out) == (2, "")
     assert err == (
-        "gochu: 3 iPhones are connected: say which with --device-name: Red (U1), Blue (U2), Blue (U3)\n"
+        "gochu: 3 iPhones are connected: say which with --device: Red (U1), Blue (U2), Blue (U3)\n"
     )
-    code, _, err = gochu(*run, "--device-name", "blue")
+    code, _, err = gochu(*run, "--device", "blue")
     assert (code, err.startswith("gochu: 2 iPhones are called blue: give a UDID")) == (2, True)
-    code, _, err = gochu(*run, "--device-name", "Green")
+    code, _, err = gochu(*run, "--device", "Green")
     assert (code, err.startswith("gochu: no connected iPhone is called 'Green'; there are Red (U1), ")) == (
         2,
         True,
     )
-    code, out, _ = gochu(*run, "--device-name", "u3", "--json")
+    code, out, _ = gochu(*run, "--device", "u3", "--json")
     assert (code, json.loads(out)[0]["where"]["device"]) == (0, "Blue")
     assert phone.log("device") == ["ID-U3"]
 
@@ -535,7 +535,7 @@ def test_a_macs_processors_can_be_asked_for(pepper: Bundle, this_mac: list[str])
     (found,) = mac.measure(pepper.path, "smoke", compute_units="ane", context=64)
     assert StandIn.allowed == {"CPU_AND_NE"} == set(this_mac)
     assert found.where.backend.requested == "CPU and Neural Engine"
-    assert found.command.endswith("--workload smoke --on mac --context 64 --compute-units ane")
+    assert found.command.endswith("--workload smoke --on mac --context 64 --option compute_units=ane")
     with pytest.raises(UsageError, match="no compute units 'npu'; there are cpu, gpu, ane, all"):
         mac.measure(pepper.path, "smoke", compute_units="npu")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runtimes import cpu, memory, report
 from runtimes.errors import EngineError, UsageError
-from runtimes.measurement import Measurement, measured, quantile
+from runtimes.measurement import Measurement, quantile, sampled
 from runtimes.targets import host
 from runtimes.workload import Case, Workload, preset, prompt_ids
 
@@ -56,10 +56,10 @@ def test_figures(measurement: Measurement) -> None:
     assert min(ttft.samples) >= 8 / max(speed.samples), "the first token comes after the prompt has been run"
 
 
-@pytest.mark.skipif(memory.private() is None, reason="this system does not tell the kinds of memory")
+@pytest.mark.skipif(memory.anonymous() is None, reason="this system does not tell the kinds of memory")
 def test_memory_is_plausible(measurement: Measurement) -> None:
     peak, private, idle = (
-        measurement.figure(n).value for n in ("peak_memory", "peak_private_memory", "idle_memory")
+        measurement.figure(n).value for n in ("peak_memory", "peak_anonymous_memory", "idle_memory")
     )
     assert 5e6 < idle <= private <= peak < 1e9
 
@@ -67,7 +67,7 @@ def test_memory_is_plausible(measurement: Measurement) -> None:
 def test_measurements_survive_json(measurement: Measurement) -> None:
     (data,) = json.loads(report.to_json([measurement]))
     assert Measurement.model_validate(data) == measurement
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
 
 
 def test_the_table(measurement: Measurement) -> None:
@@ -103,15 +103,15 @@ def test_wrong_use(toy: Path) -> None:
 
 
 def test_the_peak_of_private_memory_is_seen() -> None:
-    if memory.private() is None:
+    if memory.anonymous() is None:
         pytest.skip("this system does not tell the kinds of memory")
-    before = memory.private()
-    with memory.PeakPrivate() as peak:
+    before = memory.anonymous()
+    with memory.Peak() as peak:
         block = np.ones(64 << 20, np.uint8)
         del block
-        small = memory.private()
+        small = memory.anonymous()
     assert small < before + (32 << 20) < before + (48 << 20) < memory.peak_rss()
-    assert peak.bytes >= small
+    assert peak.anonymous >= small
 
 
 def test_presets() -> None:
@@ -153,7 +153,7 @@ def test_quantiles_are_numpys(samples: list[float], q: float) -> None:
 
 
 def test_a_figure_is_the_median_with_its_samples() -> None:
-    figure = measured("ttft", "s", [3.0, 1.0, 2.0])
+    figure = sampled("ttft", "s", [3.0, 1.0, 2.0])
     assert (figure.value, figure.samples) == (2.0, (3.0, 1.0, 2.0))
     assert 1 < figure.p5 < 2 < figure.p95 < 3
 

@@ -11,20 +11,23 @@ import pytest
 
 from runtimes import targets
 from runtimes.errors import TargetError, UsageError
-from runtimes.measurement import Backend, Measurement, Method, Place, Subject, measured
+from runtimes.measurement import Backend, Measurement, Method, Place, Subject, sampled
 
 KETTLE = """
-from runtimes.measurement import Measurement, Method, Place, Subject, measured
+from runtimes.measurement import Measurement, Method, Place, Subject, sampled
 from runtimes.errors import TargetError
 
 def measure(bundle, workload, *, water: int = 1, variant=None):
     if variant == "cold":
         raise TargetError("the kettle is cold: plug it in")
     return [Measurement(
-        what=Subject(model="tea", variant=variant or "green", format="leaf", scheme="int4", bytes=1),
+        what=Subject(model="tea", bundle="0" * 64, variant=variant or "green", format="leaf", scheme="int4", bytes=1),
         where=Place(target="kettle", device="Kettle [9]", os="none", engine="steam 1"),
-        how=Method(workload=workload, prompt_tokens=1, new_tokens=1, context=1, warmup=1, repeats=1),
-        figures=(measured("ttft", "s", [1.5]),),
+        how=Method(
+            workload=getattr(workload, "name", workload),
+            prompt_tokens=1, new_tokens=1, context=1, warmup=1, repeats=1,
+        ),
+        figures=(sampled("ttft", "s", [1.5]),),
         command="gochu bench tea --on kettle",
         time="2026-01-01T00:00:00+00:00",
     )]
@@ -120,15 +123,15 @@ def test_a_target_gets_the_options_that_it_knows(install) -> None:
         (
             "iphone",
             "--threads",
-            "--threads means nothing to target iphone; .* --variant, --device-name, --compute-",
+            "--threads means nothing to target iphone; .* --variant, --device, --option compute_units=",
         ),
         ("mac,iphone", "--threads", "--threads means nothing to target mac or iphone"),
         (
             "host",
-            "--device-name",
-            "--device-name means nothing to target host; .* --threads, --variant, --context",
+            "--device",
+            "--device means nothing to target host; .* --threads, --variant, --context",
         ),
-        ("host", "--compute-units", "--compute-units means nothing to target host"),
+        ("host", "--option", r"--option compute_units=\.\.\. means nothing to target host"),
         ("iphone", "--context", "--context means nothing to target iphone"),
         ("host,", "--threads", "'host,' names no target where it should"),
     ],
@@ -136,7 +139,9 @@ def test_a_target_gets_the_options_that_it_knows(install) -> None:
 def test_an_option_that_no_target_knows_is_refused_before_anything_runs(gochu, on, option, words) -> None:
     import re
 
-    code, out, err = gochu("bench", "nowhere", "--on", on, option, 1)
+    code, out, err = gochu(
+        "bench", "nowhere", "--on", on, option, "compute_units=1" if option == "--option" else 1
+    )
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert re.search(words, err), err
 
@@ -208,10 +213,10 @@ def test_a_place_says_what_was_asked_of_its_processors_and_what_they_got() -> No
 
 def test_a_backend_survives_json() -> None:
     found = Measurement(
-        what=Subject(model="m", variant="v", format="coreml", scheme="int4", bytes=1),
+        what=Subject(model="m", bundle="0" * 64, variant="v", format="coreml", scheme="int4", bytes=1),
         where=place(),
         how=Method(workload="smoke", prompt_tokens=1, new_tokens=1, context=1, warmup=1, repeats=1),
-        figures=(measured("load_time", "s", [1.0]),),
+        figures=(sampled("load_time", "s", [1.0]),),
         command="",
         time="",
     )

@@ -89,7 +89,7 @@ def invented() -> Trace:
         )
 
     return Trace(
-        what=Subject(model="작은고추", variant="cpu", format="onnx", scheme="int4", bytes=1),
+        what=Subject(model="작은고추", bundle="0" * 64, variant="cpu", format="onnx", scheme="int4", bytes=1),
         where=Place(target="host", device="a chip", os="an OS", engine="an engine 1", threads=2),
         prompt_tokens=64,
         new_tokens=3,
