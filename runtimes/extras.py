@@ -12,11 +12,14 @@ def require(module: str, extra: str) -> ModuleType:
     """Import `module`, which `pip install 'gochu[extra]'` brings; MissingExtra if it is not installed.
 
     An installed module that fails to import for a reason of its own raises that reason, not MissingExtra. What it
-    says while it is imported is kept off the screen.
+    says while it is imported is kept off the screen, and what it would tell its maker is not told.
     """
     try:
         with quiet():
-            return importlib.import_module(module)
+            found = importlib.import_module(module)
+            if module == "onnxruntime":  # it collects usage events unless told not to, Linux since 1.32
+                found.disable_telemetry_events()
+            return found
     except ModuleNotFoundError as error:
         root = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != root:

@@ -5,9 +5,13 @@ compile for a phone's chip, and run what was compiled, on a laptop.
 Options: https://onnxruntime.ai/docs/execution-providers/QNN-ExecutionProvider.html
 """
 
+import contextlib
+import hashlib
 import json
+import os
 import platform
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +21,7 @@ from typing import Any, Literal
 
 from runtimes.errors import EngineError
 from runtimes.extras import require
+from runtimes.folders import cache_folder
 from runtimes.quiet import quiet
 
 EXTRA = "hexagon"
@@ -24,6 +29,7 @@ LIBRARY = "onnxruntime_qnn"
 PROVIDER = "QNNExecutionProvider"
 # The provider leaves these to the CPU unless told otherwise.
 _AFFINITY = {"op_type": {"GroupQueryAttention": "htp"}}
+_KEPT = "graph.onnx"
 _VERBOSE, _FATAL = 0, 4  # log severities; what goes wrong comes as an exception
 _REFUSAL = re.compile(
     r"Validation FAILED [^\n]*\n\s*Operator type: (?P<op>\S+) Node name: (?P<name>\S+)[^\n]*\n"
@@ -87,6 +93,27 @@ def open_session(
         raise EngineError(
             f"QNN could not take {graph.name} for chip {chip.soc_model} ({chip.arch}): {reason}"
         )
+    return session
+
+
+def open_kept(graph: Path, chip: Chip, content: str) -> Any:
+    """As `open_session`; what is compiled is kept in the user's cache folder, and loaded from there the next time.
+
+    `content`: tells all bytes of the graph and its weights from others, as their checksums do.
+    """
+    key = hashlib.sha256(json.dumps([content, chip.soc_model, chip.arch, version()]).encode()).hexdigest()
+    kept = cache_folder() / "htp-simulator" / key
+    if (kept / _KEPT).is_file():
+        return open_session(kept / _KEPT, chip)
+    work = kept.with_name(f"{key}.{os.getpid()}.partial")
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        session = open_session(graph, chip, binary=work / _KEPT)
+        if (work / _KEPT).is_file() and not kept.exists():
+            with contextlib.suppress(OSError):  # another process was quicker
+                work.rename(kept)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return session
 
 

@@ -105,23 +105,36 @@ def stored_bytes(scheme: Scheme, shape: tuple[int, int]) -> int:
     return scheme.nbytes(shape) - 2 * scales
 
 
-def split(arch: Architecture, schemes: Mapping[str, Scheme], forbidden: bool = False) -> tuple[range, ...]:
-    """The layers of each graph: as few graphs as the NPU's limit allows, equally large; the head goes with the last.
+def compile_bytes(size: int, route: str) -> int:
+    """Memory without a file behind it that compiling a binary of `size` bytes takes, the exporting process's with
+    it."""
+    figures = table()["compile"][route]
+    return int(figures["overhead"] + figures["factor"] * size)
 
-    PlanRefused if a layer is larger than the limit, or splitting is `forbidden` and would be needed.
+
+def split(arch: Architecture, schemes: Mapping[str, Scheme], forbidden: bool = False) -> tuple[range, ...]:
+    """The layers of each graph: as few graphs as allowed, equally large; the head goes with the last.
+
+    Two things limit a graph: what the NPU addresses, and the memory of the laptop that compiles it. Where a layer or
+    the head is larger alone, or splitting is `forbidden`, the second gives way, and the first is PlanRefused.
     """
-    most = table()["limits"]["full"] * table()["limits"]["graph_bytes"]
+    limits = table()["limits"]
+    most = int(limits["full"] * limits["graph_bytes"])
     whole = binary_bytes(arch, schemes)
-    if whole <= most:
-        return (range(arch.layers),)
     if forbidden:
-        raise PlanRefused(
-            f"one graph would be {whole / 1e9:.1f} GB, and the NPU takes {most / 1e9:.1f}: allow it to be split, or "
-            "quantize to fewer bits"
-        )
-    for count in range(math.ceil(whole / most), arch.layers + 1):
-        parts = _balanced(arch, schemes, count)
-        if max(binary_bytes(arch, schemes, part, part.stop == arch.layers) for part in parts) <= most:
+        if whole > most:
+            raise PlanRefused(
+                f"one graph would be {whole / 1e9:.1f} GB, and the NPU takes {most / 1e9:.1f}: allow it to be split, "
+                "or quantize to fewer bits"
+            )
+        return (range(arch.layers),)
+    figures = table()["compile"][common_route(schemes.values())]
+    laptop = int((limits["compile_bytes"] - figures["overhead"]) / figures["factor"])
+    sizes = _layer_sizes(arch, schemes)
+    aim = min(most, max(laptop, *sizes))
+    for count in range(max(1, whole // aim), arch.layers + 1):
+        parts = _balanced(sizes, count)
+        if max(binary_bytes(arch, schemes, part, part.stop == arch.layers) for part in parts) <= aim:
             return parts
     raise PlanRefused(
         f"a layer alone, or the last with the head, is larger than the {most / 1e9:.1f} GB that the NPU takes: "
@@ -129,18 +142,21 @@ def split(arch: Architecture, schemes: Mapping[str, Scheme], forbidden: bool = F
     )
 
 
-def _balanced(arch: Architecture, schemes: Mapping[str, Scheme], count: int) -> tuple[range, ...]:
-    """`count` parts that are as equal as whole layers allow, the head counted with the last."""
-    sizes = [
-        binary_bytes(arch, schemes, range(i, i + 1), head=i == arch.layers - 1) for i in range(arch.layers)
-    ]
+def _layer_sizes(arch: Architecture, schemes: Mapping[str, Scheme]) -> list[int]:
+    """What a binary of each layer alone would take, the head counted with the last."""
+    last = arch.layers - 1
+    return [binary_bytes(arch, schemes, range(i, i + 1), head=i == last) for i in range(arch.layers)]
+
+
+def _balanced(sizes: Sequence[int], count: int) -> tuple[range, ...]:
+    """`count` parts that are as equal as whole layers allow."""
     edges, held, total = [0], 0, sum(sizes)
     for i, size in enumerate(sizes):
         aim = total * len(edges) / count
         if len(edges) < count and edges[-1] < i and held + size / 2 > aim:
             edges.append(i)
         held += size
-    return tuple(range(a, b) for a, b in zip(edges, [*edges[1:], arch.layers], strict=True))
+    return tuple(range(a, b) for a, b in zip(edges, [*edges[1:], len(sizes)], strict=True))
 
 
 def _layer(name: str) -> int | None:
@@ -151,17 +167,18 @@ def _layer(name: str) -> int | None:
 
 
 class Graph(Strict):
-    """A static graph to compile. Graphs of one `group` have weights in common."""
+    """A static graph to compile."""
 
     name: str
     path: str
-    group: int
 
 
 class Job(Strict):
-    """What a compiling process is told. Names of files begin with `chip`."""
+    """What a compiling process is told: graphs with the same weights, which lie in one binary if `share`. Names of
+    files begin with `chip`, the binary's goes on with `part` if there are several."""
 
     graphs: tuple[Graph, ...]
+    part: int | None
     chip: str
     soc_model: int
     arch: str
@@ -179,7 +196,7 @@ class Operation(Strict):
 
 
 class Result(Strict):
-    """What a compiling process made: binaries by group, an ONNX file that refers to one for each graph.
+    """What compiling processes made: binaries, and an ONNX file that refers to one for each graph.
 
     `reasons`: why an operation is not on the NPU, in QNN's words, by its type. Without `files` QNN failed, with
     `error`, and those operations are the likely cause.
@@ -215,44 +232,55 @@ def compile_graphs(
     `data`: the weight files beside the graphs. EngineError with QNN's own words if one fails; what others made for
     the cache stays there.
     """
-    graphs = tuple(
-        Graph(name=e.name, path=str((folder / e.file).resolve()), group=_group(e.name))
-        for e in entries
-        if e.name != "embed"
-    )
-    content = [file_sha256(folder / name) for name in (*(Path(g.path).name for g in graphs), *data)]
+    parts: dict[int, list[Graph]] = {}
+    for entry in entries:
+        if entry.name != "embed":
+            graph = Graph(name=entry.name, path=str((folder / entry.file).resolve()))
+            parts.setdefault(_part(entry.name), []).append(graph)
     size = sum((folder / name).stat().st_size for name in data)
-    with ThreadPoolExecutor(_workers(len(chips), size)) as pool:
-        return list(pool.map(lambda chip: _compile(graphs, content, chip, folder, progress), chips))
+    content = {name: file_sha256(folder / name) for name in (*(e.file for e in entries), *data)}
+
+    def compile_part(chip: Chip, part: int) -> Result:
+        graphs, number = tuple(parts[part]), part if len(parts) > 1 else None
+        given = [content[name] for name in (*(Path(graph.path).name for graph in graphs), *data)]
+        return _compile(graphs, number, given, chip, folder, progress)
+
+    tasks = [(chip, part) for chip in chips for part in sorted(parts)]
+    with ThreadPoolExecutor(_workers(len(tasks), size // len(parts))) as pool:
+        results = list(pool.map(compile_part, *zip(*tasks, strict=True)))
+    return [_together(results[i : i + len(parts)]) for i in range(0, len(results), len(parts))]
 
 
-def _workers(chips: int, size: int) -> int:
-    """Processes at once: two threads' worth of work each, and memory for seven times the weights."""
+def _workers(tasks: int, size: int) -> int:
+    """Processes at once: two threads' worth of work each, and memory for eight times the weights."""
     memory = available()
-    fitting = chips if memory is None else int(memory // (1_000_000_000 + 7 * size))
-    return max(1, min(chips, (os.cpu_count() or 2) // 2, fitting))
+    fitting = tasks if memory is None else int(memory // (1_000_000_000 + 8 * size))
+    return max(1, min(tasks, (os.cpu_count() or 2) // 2, fitting))
 
 
 def _compile(
     graphs: tuple[Graph, ...],
+    part: int | None,
     content: Sequence[str],
     chip: Chip,
     folder: Path,
     progress: Callable[[str], None],
 ) -> Result:
+    """Compile graphs of one part for a chip, in a process of its own: QNN gives memory back only with it."""
     target = npu(chip)
     share = takes(target.arch, "features", "shared weights")
-    order = [(graph.name, graph.group) for graph in graphs]
-    key = json.dumps([order, list(content), chip.id, target.soc_model, target.arch, share, qnn.version()])
+    names = [graph.name for graph in graphs]
+    key = json.dumps([names, part, content, chip.id, target.soc_model, target.arch, share, qnn.version()])
     kept = cache_folder() / "hexagon" / hashlib.sha256(key.encode()).hexdigest()
     if not (kept / "result.json").is_file():
-        progress(f"compile for {chip.name}")
+        progress(f"compile for {chip.name}" + (f", part {part + 1}" if part is not None else ""))
         work = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         try:
             job = Job(
                 graphs=graphs,
+                part=part,
                 chip=chip.id,
                 soc_model=target.soc_model,
                 arch=target.arch,
@@ -272,6 +300,19 @@ def _compile(
     return result
 
 
+def _together(parts: Sequence[Result]) -> Result:
+    """The results of all parts for a chip as one."""
+    peaks = [part.peak_memory for part in parts if part.peak_memory is not None]
+    return Result(
+        files=tuple(name for part in parts for name in part.files),
+        operations=tuple(operation for part in parts for operation in part.operations),
+        reasons={op: why for part in parts for op, why in part.reasons.items()},
+        sdk=min(part.sdk for part in parts),
+        seconds=sum(part.seconds for part in parts),
+        peak_memory=max(peaks, default=None),
+    )
+
+
 def _require_made(result: Result, chip: Chip) -> None:
     """GateFailed if operations that the NPU refuses kept QNN from compiling anything."""
     if not result.files:
@@ -286,7 +327,7 @@ def compiled_name(chip: str, graph: str) -> str:
     return f"{chip}-{graph}.onnx"
 
 
-def _group(name: str) -> int:
+def _part(name: str) -> int:
     """prefill.1 and decode.1 have the weights of part 1."""
     return int(name.partition(".")[2] or 0)
 

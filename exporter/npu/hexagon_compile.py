@@ -6,7 +6,6 @@ JSON from standard input and prints what it made as JSON.
 
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, NoReturn
@@ -19,7 +18,7 @@ from runtimes.errors import EngineError
 
 
 def run(job: Job) -> Result:
-    """Compile all graphs; those of a group one after the other in sessions that share their weights."""
+    """Compile the graphs one after the other, in sessions that share their weights."""
     chip = qnn.Chip(job.soc_model, job.arch)
     try:
         result = _compile(job)
@@ -43,17 +42,14 @@ def _compile(job: Job) -> Result:
     start = perf_counter()
     folder, chip = Path(job.folder), qnn.Chip(job.soc_model, job.arch)
     operations: list[Operation] = []
-    versions: set[str] = set()
-    for group, members in groupby(sorted(job.graphs, key=lambda graph: graph.group), lambda g: g.group):
-        graphs = list(members)
-        for graph, session in _sessions(job, graphs, chip):
-            operations += [
-                Operation(graph=graph.name, name=node.name, op=node.op, on=node.provider == qnn.PROVIDER)
-                for node in qnn.nodes(session)
-            ]
-        stem = "" if len(job.graphs) == len(graphs) else f"-{group}"
-        paths = [folder / compiled_name(job.chip, graph.name) for graph in graphs]
-        versions |= _name(paths, f"{job.chip}-hexagon{stem}")
+    for graph, session in _sessions(job, chip):
+        operations += [
+            Operation(graph=graph.name, name=node.name, op=node.op, on=node.provider == qnn.PROVIDER)
+            for node in qnn.nodes(session)
+        ]
+    part = "" if job.part is None else f"-{job.part}"
+    paths = [folder / compiled_name(job.chip, graph.name) for graph in job.graphs]
+    versions = _name(paths, f"{job.chip}-hexagon{part}")
     if not versions:
         _why(job, chip)
     return Result(
@@ -65,12 +61,12 @@ def _compile(job: Job) -> Result:
     )
 
 
-def _sessions(job: Job, graphs: Sequence[Graph], chip: qnn.Chip) -> Iterator[tuple[Graph, Any]]:
+def _sessions(job: Job, chip: qnn.Chip) -> Iterator[tuple[Graph, Any]]:
     """Each graph with its session."""
-    for i, graph in enumerate(graphs):
+    for i, graph in enumerate(job.graphs):
         place: Literal["", "first", "last"] = ""
-        if job.share and len(graphs) > 1:
-            place = "last" if i == len(graphs) - 1 else "first"
+        if job.share and len(job.graphs) > 1:
+            place = "last" if i == len(job.graphs) - 1 else "first"
         binary = Path(job.folder) / compiled_name(job.chip, graph.name)
         yield graph, qnn.open_session(Path(graph.path), chip, binary=binary, share=place)
 

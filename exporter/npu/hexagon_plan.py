@@ -63,7 +63,9 @@ class Compilation:
         yield Choice(topic="chips", value=", ".join(named), reason=why)
         sizes = [hexagon.binary_bytes(arch, schemes, part, part.stop == arch.layers) for part in self.parts]
         limit = amount(hexagon.table()["limits"]["graph_bytes"], "bytes")
-        why = f"the NPU addresses {limit} for a graph; predicted: {', '.join(amount(s, 'bytes') for s in sizes)}"
+        memory = amount(hexagon.compile_bytes(max(sizes), self.route), "bytes")
+        why = f"the NPU addresses {limit} for a graph, and compiling the largest takes about {memory} here; "
+        why += f"predicted sizes: {', '.join(amount(s, 'bytes') for s in sizes)}"
         if len(self.parts) > 1:
             why += f"; layers {', '.join(f'{part.start}-{part.stop - 1}' for part in self.parts)}"
         yield Choice(topic="graphs", value=f"{len(self.parts)} for each entry point", reason=why)

@@ -52,7 +52,7 @@ class QnnEngine(Session):
         self._embed: Any = qnn.open_on_cpu(bundle.file(_only(entries, "embed").file))
         self._prefill, self._decode = (
             [
-                _Part(bundle, entry, None if exact else chip)
+                _Part(bundle, entry, None if exact else chip, _content(bundle, entry) if simulated else "")
                 for entry in entries
                 if entry.name.partition(".")[0] == name
             ]
@@ -118,27 +118,33 @@ load = QnnEngine  # what `open_engine` calls
 
 
 class _Part:
-    """A graph: some layers, for a number of tokens; on a chip's NPU, or on the CPU without one."""
+    """A graph: some layers, for a number of tokens; on a chip's NPU, or on the CPU without one. `kept`: what tells
+    its bytes from others', where it is compiled here, to be simulated."""
 
-    def __init__(self, bundle: Bundle, entry: EntryPoint, chip: qnn.Chip | None) -> None:
+    def __init__(self, bundle: Bundle, entry: EntryPoint, chip: qnn.Chip | None, kept: str = "") -> None:
         self.inputs = {spec.name: spec for spec in entry.inputs}
         self.outputs = {spec.name: spec for spec in entry.outputs}
         self.past = [spec for spec in entry.inputs if spec.name.startswith("past_key_values")]
         self.present = [name for name in self.outputs if name.startswith("present")]
         self.places = [spec for spec in entry.inputs if spec not in self.past and spec.name != "hidden"]
         self.length = int(self.inputs["hidden"].shape[1])
-        self._path, self._chip = bundle.file(entry.file), chip
+        self._path, self._chip, self._kept = bundle.file(entry.file), chip, kept
         self._opened: Any = None
 
     @property
     def _session(self) -> Any:
-        """Opened when it is first needed: to simulate a graph is to compile it."""
+        """Opened when it is first needed: to simulate a graph is to compile it, the first time."""
         if self._opened is None:
             self._opened = self._open()
         return self._opened
 
     def _open(self) -> Any:
-        session = qnn.open_session(self._path, self._chip) if self._chip else qnn.open_on_cpu(self._path)
+        if self._chip is None:
+            session = qnn.open_on_cpu(self._path)
+        elif self._kept:
+            session = qnn.open_kept(self._path, self._chip, self._kept)
+        else:
+            session = qnn.open_session(self._path, self._chip)
         found = {node.name for node in (*session.get_inputs(), *session.get_outputs())}
         if strange := sorted(found ^ {*self.inputs, *self.outputs}):
             raise EngineError(
@@ -201,6 +207,12 @@ def remembered(cache: NDArray[Any], new: NDArray[Any], position: int, count: int
     into[axis], rows[axis] = slice(position, position + count), slice(0, count)
     cache[tuple(into)] = new[tuple(rows)]
     return cache
+
+
+def _content(bundle: Bundle, entry: EntryPoint) -> str:
+    """Checksums of a graph and of all weights."""
+    files = bundle.manifest.files
+    return " ".join(each.sha256 for each in files if each.path == entry.file or each.path.endswith(".data"))
 
 
 def _only(entries: Iterable[EntryPoint], name: str) -> EntryPoint:

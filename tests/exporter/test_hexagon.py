@@ -154,6 +154,28 @@ def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
     }
 
 
+def test_the_simulator_loads_what_it_compiled_before(pepper, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    opened = []
+
+    def watched(graph: Path, *rest: Any, **options: Any) -> Any:
+        opened.append(graph)
+        return open_session(graph, *rest, **options)
+
+    open_session = qnn.open_session
+    monkeypatch.setattr(qnn, "open_session", watched)
+    first, second = (
+        open_engine(pepper, pepper.manifest.variants[0].name, on="htp-simulator").decode(5) for _ in range(2)
+    )
+    (compiled, loaded) = opened
+    assert compiled == pepper.file("decode.onnx")
+    assert loaded.is_relative_to(tmp_path)
+    assert (first == second).all()
+    npu = open_engine(pepper, pepper.manifest.variants[1].name, on="htp-simulator")
+    npu.decode(5)
+    assert opened[2] == compiled, "another chip"
+
+
 def test_integers_throughout(tmp_path, gochu):
     """The quantized route, for the oldest generation too: against the same graph on the CPU, and in answers."""
     out = tmp_path / "out"
@@ -326,10 +348,25 @@ def test_a_large_model_is_split_evenly():
     assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
     assert (parts[0].start, parts[-1].stop) == (0, 32)
     sizes = [hexagon.binary_bytes(arch, schemes, part, part.stop == 32) for part in parts]
-    assert len(parts) == 3 or max(sizes) < hexagon.table()["limits"]["graph_bytes"]
-    assert max(sizes) < 1.15 * min(sizes)
+    limits = hexagon.table()["limits"]
+    assert max(sizes) < limits["graph_bytes"]
+    assert hexagon.compile_bytes(max(sizes), hexagon.PORTABLE) <= limits["compile_bytes"]
+    assert hexagon.compile_bytes(max(sizes) * len(parts) // (len(parts) - 1), hexagon.PORTABLE) > 5.5e9
+    assert max(sizes) - min(sizes) <= 1.05 * hexagon.binary_bytes(arch, schemes, range(1), head=False)
     with pytest.raises(PlanRefused, match="split"):
         hexagon.split(arch, schemes, forbidden=True)
+
+
+def test_a_head_that_is_large_alone_is_compiled_with_more_memory():
+    arch = llama(4, 2048, 2048, 600_000)  # the head at 8 bits: 1.2 GB, within what the NPU takes
+    schemes = {name: parse_scheme("int8") for name, _ in arch.matrices()}
+    *_, last = hexagon.split(arch, schemes)
+    assert (last.start, last.stop) == (3, 4)
+    assert (
+        hexagon.compile_bytes(hexagon.binary_bytes(arch, schemes, last), hexagon.PORTABLE)
+        > (hexagon.table()["limits"]["compile_bytes"])
+    )
+    assert hexagon.split(arch, schemes, forbidden=True) == (range(4),)
 
 
 def test_a_layer_that_is_too_large_is_refused():

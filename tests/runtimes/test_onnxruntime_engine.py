@@ -1,5 +1,8 @@
 """The ONNX Runtime engine on a toy graph: KV cache in place, and each kind of damage in one sentence."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,3 +278,17 @@ def test_an_engine_that_is_not_installed(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'gochu\[run\]'"):
         opened(copy)
+
+
+def test_nothing_is_told_to_the_maker_of_the_library(toy: Path, tmp_path: Path) -> None:
+    """Else onnxruntime leaves a file of events that wait to be sent."""
+    code = "import sys; from runtimes.engines import open_engine; from runtimes.bundle import Bundle\n"
+    code += "open_engine(Bundle.open(sys.argv[1])).decode(1)"
+    kept = tmp_path / "cache"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(kept)}
+    subprocess.run([sys.executable, "-c", code, str(toy)], env=environment, check=True)
+    assert not list(kept.rglob("*.db"))
+    bare = "import onnxruntime as ort, sys; ort.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])"
+    subprocess.run([sys.executable, "-c", bare, str(toy / "model.onnx")], env=environment, check=True)
+    if not list(kept.rglob("*.db")):
+        pytest.skip("this onnxruntime collects nothing")
