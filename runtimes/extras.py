@@ -2,10 +2,15 @@
 
 import importlib
 import importlib.util
+import os
 from types import ModuleType
 
 from runtimes.errors import MissingExtra
 from runtimes.quiet import quiet
+
+# ONNX Runtime's official builds collect usage events, from 1.32 on under Linux too, and send them to Microsoft unless
+# told not to before they start (Privacy.md in its package).
+_NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "1")
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -14,12 +19,11 @@ def require(module: str, extra: str) -> ModuleType:
     An installed module that fails to import for a reason of its own raises that reason, not MissingExtra. What it
     says while it is imported is kept off the screen, and what it would tell its maker is not told.
     """
+    if module.startswith("onnxruntime"):
+        os.environ.setdefault(*_NO_TELEMETRY)
     try:
         with quiet():
-            found = importlib.import_module(module)
-            if module == "onnxruntime":  # it collects usage events unless told not to, Linux since 1.32
-                found.disable_telemetry_events()
-            return found
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         root = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != root:
