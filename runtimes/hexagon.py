@@ -1,12 +1,14 @@
 """What targets for Qualcomm's NPU share: the variant to take there, and whether two processors say the same."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runtimes.bundle import Bundle, Variant
-from runtimes.engines import named_variant
+from runtimes.bundle import Bundle, EntryPoint, Variant
+from runtimes.engines import named_variant, open_engine
 from runtimes.errors import BundleError, TargetError
 from runtimes.measurement import Figure, Kind, sampled
+from runtimes.workload import prompt_ids
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,6 +35,40 @@ def named(bundle: Bundle, name: str) -> Variant:
             f"were compiled for it: {_EXPORT}"
         )
     return variant
+
+
+def length(entry: EntryPoint) -> int:
+    """Tokens that a graph takes at once."""
+    return int(next(spec for spec in entry.inputs if spec.name == "hidden").shape[1])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a graph was given, and what it gave, by name."""
+
+    inputs: "dict[str, NDArray[Any]]"
+    outputs: "dict[str, NDArray[Any]]"
+
+
+def runs_on_cpu(bundle: Bundle, variant: Variant) -> dict[str, Run]:
+    """By entry point a run of each graph by the CPU's kernels: a full chunk of a prompt, and the token after it.
+
+    MissingExtra if their library is not installed.
+    """
+    from runtimes.engines.qnn import QnnEngine
+
+    engine = open_engine(bundle, variant.name, exact=True, on="htp-simulator")
+    assert isinstance(engine, QnnEngine)
+    found: dict[str, Run] = {}
+
+    def watch(name: str, given: "dict[str, NDArray[Any]]", said: "dict[str, NDArray[Any]]") -> None:
+        found[name] = Run(*({key: value.copy() for key, value in each.items()} for each in (given, said)))
+
+    engine.watch = watch
+    chunk = next(length(entry) for entry in variant.entry_points if entry.name.startswith("prefill"))
+    engine.prefill(prompt_ids(chunk + 1, bundle.manifest.model.vocab))
+    engine.close()
+    return found
 
 
 def correlations(ours: "Iterable[NDArray[Any]]", theirs: "Iterable[NDArray[Any]]") -> list[float]:

@@ -82,9 +82,9 @@ def measure(
     return [
         measuring.measurement(
             measuring.subject(bundle, chosen),
-            measuring.place(TARGET, seen.engine, None, Backend(requested="NPU", effective=seen.placed)).model_copy(
-                update={"chip": chosen.chips[0]}
-            ),
+            measuring.place(
+                TARGET, seen.engine, None, Backend(requested="NPU", effective=seen.placed)
+            ).model_copy(update={"chip": chosen.chips[0]}),
             _method(workload, chosen, seen),
             [
                 *_residency(seen),
