@@ -143,6 +143,10 @@ class Hub:
             lambda: farm.retried(job.get_status, lambda error: isinstance(error, internal)),
         )
 
+    def reason(self, status: Any) -> str:
+        """Why a job failed, in AI Hub's words."""
+        return farm.without(" ".join((status.message or "nothing").split()), [self._token])
+
     def compiled(self, job: Any) -> Any:
         """What a compile job that succeeded made."""
         return self._ask(f"fetching what job {job.job_id} compiled", job.get_target_model)

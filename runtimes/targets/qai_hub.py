@@ -272,10 +272,9 @@ class _Session:
             if self._logs:
                 self._hub.keep_logs(step.job, self._logs, {})
             failed, step.job = step.job, None  # no longer one to go on with
-            said = " ".join((status.message or "nothing").split())
             raise TargetError(
-                f"AI Hub's job {failed.job_id} ({step.entry.name} on {step.phone.name}) failed, and says: {said}; "
-                f"look at {failed.url}"
+                f"AI Hub's job {failed.job_id} ({step.entry.name} on {step.phone.name}) failed, and says: "
+                f"{self._hub.reason(status)}; look at {failed.url}"
             )
         if self._hub.is_compilation(step.job):
             self._profile(step, self._hub.compiled(step.job))
