@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ConfigDict
+
 from runtimes import checksums, hexagon, measuring, qnn
 from runtimes.bundle import Bundle, Strict, Variant
 from runtimes.engines import choose_variant, open_engine
@@ -39,7 +41,9 @@ class Job(Strict):
 
 class Seen(Strict):
     """What it says. `placed`: of each function, operations by processor; `correlations`: of each step's logits, the
-    simulated and the CPU's."""
+    simulated and the CPU's, which may be no number."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     engine: str
     placed: dict[str, dict[str, int]]

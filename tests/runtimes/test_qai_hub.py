@@ -210,13 +210,13 @@ def test_a_quota_and_how_to_go_on(bench, hub: Hub) -> None:
     first = hub.new_job
 
     def once(job: Any) -> Any:  # the first is taken, the others are too many
-        hub.faults = {"POST /api/v1/jobs/": [(429, '{"detail": "5 jobs at once"}')] * 7}
+        hub.faults = {"POST /api/v1/jobs/": [(429, f'{{"detail": "5 jobs at once, not {TOKEN}"}}')] * 7}
         return first(job)
 
     hub.new_job = once
     code, out, err = bench(ULTRA)
     assert (code, out) == (6, "")
-    assert "AI Hub allows no more for now (5 jobs at once)" in err
+    assert "AI Hub allows no more for now (5 jobs at once, not [secret])" in err
     assert "--option run=j0" in err
     hub.faults, hub.new_job = {}, first
     code, out, err = bench(None, "--option", "run=j0")  # the device is the job's
@@ -345,10 +345,19 @@ def test_a_bundle_for_the_cpu_alone(hexagon: Bundle, toy: Path, hub: Hub) -> Non
     assert not hub.asked
 
 
-def test_the_inputs_that_are_sent_are_those_of_a_real_step(hexagon: Bundle) -> None:
-    """The cache of the decode graph holds the chunk before it, and its logits are the engine's."""
+def test_the_inputs_that_are_sent_are_those_of_a_real_step(hexagon: Bundle, monkeypatch) -> None:
+    """The cache of the decode graph holds the chunk before it, and its logits are the engine's; also where the engine
+    puts new rows into the cache that it gave, as it does with integers."""
+    from runtimes.engines import qnn
     from runtimes.workload import prompt_ids
 
+    remembered = qnn.remembered
+
+    def placed(cache: Any, new: Any, *rest: int) -> Any:
+        cache[...] = -1
+        return remembered(cache, new, *rest)
+
+    monkeypatch.setattr(qnn, "remembered", placed)
     variant = hexagon.manifest.variants[0]
     runs = runs_on_cpu(hexagon, variant)
     assert set(runs) == {"prefill", "decode"}
