@@ -189,7 +189,8 @@ class Hub:
         try:
             place.mkdir(parents=True, exist_ok=True)
             if raw:
-                (place / "profile.json").write_text(json.dumps(raw, indent=1), encoding="utf-8")
+                text = farm.without(json.dumps(raw, indent=1), [self._token])
+                (place / "profile.json").write_text(text, encoding="utf-8")
             kept = self._ask(
                 f"fetching the logs of job {job.job_id}", lambda: job.download_job_logs(str(place))
             )
@@ -257,10 +258,11 @@ def system(device: Any) -> str:
 
 
 def _called(name: str, listed: list[str]) -> str:
-    """AI Hub's name of a device."""
+    """AI Hub's name of a device: that name, with the maker's before it or without, or one of its profile's."""
     known = {normalized(each): each for each in listed}
-    if exact := known.get(normalized(name)):
-        return exact
+    short = {normalized(each.partition(" ")[2]): each for each in listed}
+    if found := known.get(normalized(name)) or short.get(normalized(name)):
+        return found
     try:
         farms = profiles.find(name).farms
     except profiles.UnknownDevice:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict
 
-from runtimes import checksums, hexagon, measuring, qnn
+from runtimes import checksums, extras, hexagon, measuring, qnn
 from runtimes.bundle import Bundle, Strict, Variant
-from runtimes.engines import choose_variant, open_engine
+from runtimes.engines import open_engine
 from runtimes.errors import TargetError
 from runtimes.measurement import Answer, Backend, Figure, Mark, Measurement, Method, sampled
 from runtimes.workload import Workload, preset, prompt_ids
@@ -53,6 +53,15 @@ class Seen(Strict):
     answers: tuple[Answer, ...]
 
 
+def check() -> None:
+    """TargetError if this machine cannot have the simulator, MissingExtra if it has not."""
+    if not qnn.simulated():
+        raise TargetError(
+            "the simulator of Qualcomm's NPU is for x86-64 alone, and this machine is another: take one that is"
+        )
+    extras.check(qnn.LIBRARY, qnn.EXTRA)
+
+
 def measure(
     bundle_path: str | os.PathLike[str],
     workload: Workload | str = "smoke",
@@ -71,11 +80,7 @@ def measure(
     """
     bundle = Bundle.open(bundle_path)
     chosen = hexagon.named(bundle, variant) if variant else hexagon.variants(bundle)[0]
-    choose_variant(bundle, chosen.name, TARGET)  # says what hinders it
-    if not qnn.simulated():
-        raise TargetError(
-            "the simulator of Qualcomm's NPU is for x86-64 alone, and this machine is another: take one that is"
-        )
+    check()
     workload = preset(workload) if isinstance(workload, str) else workload
     checksums.check(bundle, chosen)
     progress(f"simulating {chosen.name}")
@@ -99,6 +104,7 @@ def measure(
             answers=seen.answers,
             on=TARGET,
             variant=variant,
+            allow_fallback=allow_fallback,
         )
     ]
 

@@ -50,6 +50,11 @@ class _Step:
         return self.entry.name.partition(".")[0]
 
 
+def check() -> None:
+    """MissingExtra without AI Hub's client, TargetError if that finds no token; AI Hub is not asked."""
+    Hub()
+
+
 def measure(
     bundle_path: str | os.PathLike[str],
     workload: Workload | str = "smoke",
@@ -213,7 +218,7 @@ class _Session:
     ) -> None:
         self._hub, self._bundle, self._known = hub, bundle, known
         self._logs, self._progress = logs, progress
-        self._models: dict[tuple[str, str], Any] = {}  # uploaded once for all devices
+        self._models: dict[str, Any] = {}  # by file; uploaded once for all devices
         self._options: dict[str, str] = {}
 
     def finish(self, steps: Sequence[_Step], recompile: bool, limits: farm.Limits) -> None:
@@ -237,7 +242,7 @@ class _Session:
 
     def _begin(self, step: _Step, recompile: bool) -> None:
         label = _label(self._bundle, step)
-        key = (step.variant.name, step.entry.name)
+        key = step.entry.file
         if key not in self._models:
             self._progress(f"uploading {step.entry.name} of {step.variant.name}")
             with tempfile.TemporaryDirectory(prefix="gochu-") as folder:
@@ -344,6 +349,7 @@ def _measurement(
         device=phone.name,
         variant=variant_asked,
         recompile=recompile,
+        allow_fallback=allow_fallback,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from runtimes.bundle import Bundle
-from runtimes.errors import BundleError, TargetError
+from runtimes.errors import BundleError, MissingExtra, TargetError
 from runtimes.hexagon import correlations
 from runtimes.measurement import Measurement
 from runtimes.targets import htp_simulator as target
@@ -87,6 +87,7 @@ def test_operations_on_the_cpu(hexagon: Bundle, told) -> None:
         target.measure(hexagon.path)
     (found,) = target.measure(hexagon.path, allow_fallback=True)
     assert found.marks == ("cpu_fallback",)
+    assert found.command.endswith("--option allow_fallback=True")
     assert found.figure("npu_operations").value == 5
     assert found.figure("npu_share").value == 62.5
 
@@ -112,6 +113,12 @@ def test_a_bundle_or_a_variant_that_is_not_for_hexagon(hexagon: Bundle, toy: Pat
 def test_a_machine_without_the_simulator(hexagon: Bundle, monkeypatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     with pytest.raises(TargetError, match="for x86-64 alone"):
+        target.measure(hexagon.path)
+
+
+def test_without_its_library(hexagon: Bundle, monkeypatch) -> None:
+    monkeypatch.setattr("runtimes.extras.installed", lambda module: module != "onnxruntime_qnn")
+    with pytest.raises(MissingExtra, match=r"gochu\[hexagon\]"):
         target.measure(hexagon.path)
 
 
