@@ -280,7 +280,11 @@ def _chip(name: str, attributes: Iterable[str] | str) -> str | None:
     for device in profiles.devices():
         if device.farms and name in device.farms.ai_hub:
             return device.chip
-    chipsets = {normalized(each.partition(":")[2]) for each in attributes if each.startswith("chipset:")}
+    chipsets = {
+        normalized(each.partition(":")[2]).removesuffix("forgalaxy")
+        for each in attributes
+        if each.startswith("chipset:")
+    }
     for chip in profiles.chips():
         if {normalized(chip.id), normalized(f"qualcomm {chip.name}")} & chipsets:
             return chip.id

@@ -100,20 +100,16 @@ def measure(
         checksums.check(bundle, chosen)
     _resume(bundle, steps, jobs)
     known, unchecked = _on_cpu(bundle, [step.variant for step in steps])
+    session = _Session(hub, bundle, known, recompile, logs, progress)
     with _kept(steps):
-        _Session(hub, bundle, known, logs, progress).finish(steps, recompile, limits)
+        session.finish(steps, limits)
         return [
-            _measurement(
-                bundle,
-                workload,
+            session.measurement(
                 [step for step in steps if step.phone == phone],
-                hub,
-                known,
-                logs,
+                workload,
                 unchecked,
-                allow_fallback,
-                variant,
-                recompile,
+                variant=variant,
+                allow_fallback=allow_fallback,
             )
             for phone in phones
         ]
@@ -206,26 +202,27 @@ def _kept(steps: Sequence[_Step]) -> Iterator[None]:
 
 
 class _Session:
-    """Begins the jobs of steps and waits for them."""
+    """Begins the jobs of steps, waits for them, and reads what came of them."""
 
     def __init__(
         self,
         hub: Hub,
         bundle: Bundle,
         known: dict[tuple[str, str], hexagon.Run],
+        recompile: bool,
         logs: Path | None,
         progress: Callable[[str], None],
     ) -> None:
-        self._hub, self._bundle, self._known = hub, bundle, known
+        self._hub, self._bundle, self._known, self._recompile = hub, bundle, known, recompile
         self._logs, self._progress = logs, progress
         self._models: dict[str, Any] = {}  # by file; uploaded once for all devices
         self._options: dict[str, str] = {}
 
-    def finish(self, steps: Sequence[_Step], recompile: bool, limits: farm.Limits) -> None:
+    def finish(self, steps: Sequence[_Step], limits: farm.Limits) -> None:
         """Have all steps run on their devices."""
         for step in steps:
             if step.job is None:
-                self._begin(step, recompile)
+                self._begin(step)
         self._progress(f"AI Hub works; to go on after a break: --option run={_ids(steps)}")
         farm.wait(
             lambda: self._all_ended(steps) or None,
@@ -240,7 +237,7 @@ class _Session:
         ended = [self._ended(step) for step in steps]
         return all(ended)
 
-    def _begin(self, step: _Step, recompile: bool) -> None:
+    def _begin(self, step: _Step) -> None:
         label = _label(self._bundle, step)
         key = step.entry.file
         if key not in self._models:
@@ -248,7 +245,7 @@ class _Session:
             with tempfile.TemporaryDirectory(prefix="gochu-") as folder:
                 model = model_folder(self._bundle, step.entry, Path(folder))
                 self._models[key] = self._hub.upload(model, f"{step.entry.name} of {step.variant.name}")
-        if recompile:
+        if self._recompile:
             step.job = self._hub.compile(self._models[key], step.phone.name, label)
         else:
             self._profile(step, self._models[key], self._option(step.variant))
@@ -274,83 +271,106 @@ class _Session:
         if not status.finished:
             return False
         if not status.success:
-            if self._logs:
-                self._hub.keep_logs(step.job, self._logs, {})
-            failed, step.job = step.job, None  # no longer one to go on with
-            raise TargetError(
-                f"AI Hub's job {failed.job_id} ({step.entry.name} on {step.phone.name}) failed, and says: "
-                f"{self._hub.reason(status)}; look at {failed.url}"
-            )
+            raise self._failure(step, status)
         if self._hub.is_compilation(step.job):
             self._profile(step, self._hub.compiled(step.job))
             return False
         step.ended = True
         return True
 
+    def _failure(self, step: _Step, status: Any) -> TargetError:
+        """What AI Hub says of a job that failed, whose logs are kept; it is no longer one to go on with."""
+        failed, step.job = step.job, None
+        said = f"AI Hub's job {failed.job_id} ({step.entry.name} on {step.phone.name}) failed, and says: "
+        said += f"{self._hub.reason(status)}; look at {failed.url}"
+        if self._logs:
+            try:
+                self._hub.keep_logs(failed, self._logs, {})
+            except TargetError as error:
+                said += f" ({error})"
+        return TargetError(said)
+
+    def measurement(
+        self,
+        steps: Sequence[_Step],
+        workload: Workload,
+        unchecked: str,
+        *,
+        variant: str | None,
+        allow_fallback: bool,
+    ) -> Measurement:
+        """The measurement of one device, whose jobs have all succeeded. `unchecked`: a note; the rest: as asked for."""
+        phone, chosen = steps[0].phone, steps[0].variant
+        profiles: dict[str, list[Profile]] = {function: [] for function in _FUNCTIONS}
+        checked: list[Figure] = []
+        for step in steps:
+            raw, profile = self._hub.result(step.job)
+            if self._logs:
+                self._hub.keep_logs(step.job, self._logs, raw)
+            profiles[step.function].append(profile)
+            checked += self._checked(step)
+        effective = {name: _processors(each) for name, each in profiles.items() if _processors(each)}
+        marks = _fallback(phone, effective, allow_fallback)
+        decode = _together([each.runs for each in profiles["decode"]])
+        if measuring.slowed(decode):
+            marks.append("throttled")
+        lengths = {step.function: hexagon.length(step.entry) for step in steps}
+        unsaid = (
+            "" if len(effective) == len(_FUNCTIONS) else "AI Hub did not tell which processor computed what"
+        )
+        job = self._hub.job(steps[-1].job.job_id)  # as AI Hub has it, with its version
+        return measuring.measurement(
+            measuring.subject(self._bundle, chosen),
+            Place(
+                target=TARGET,
+                device=phone.name,
+                os=system(job.device),
+                engine=self._hub.version(job),
+                chip=phone.chip,
+                backend=Backend(requested="NPU", effective=effective),
+                run=_ids(steps),
+            ),
+            Method(
+                workload=workload.name,
+                prompt_tokens=lengths["prefill"],
+                new_tokens=2,
+                context=chosen.context,
+                warmup=0,
+                repeats=len(decode),
+                notes=(*_NOTES, *filter(None, (unchecked, unsaid))),
+            ),
+            [*_figures(profiles, lengths), *checked],
+            self._bundle,
+            marks=marks,
+            on=TARGET,
+            device=phone.name,
+            variant=variant,
+            recompile=self._recompile,
+            allow_fallback=allow_fallback,
+        )
+
+    def _checked(self, step: _Step) -> list[Figure]:
+        """How a graph's logits on the device correlate with the CPU's, if it has some and those are known."""
+        spec = next((each for each in step.entry.outputs if each.name == "logits"), None)
+        run = self._known.get((step.variant.name, step.entry.name))
+        if spec is None or run is None:
+            return []
+        from runtimes.engines.qnn import real
+
+        found = self._hub.outputs(step.job)
+        if spec.name not in found or found[spec.name].size != run.outputs[spec.name].size:
+            raise TargetError(
+                f"AI Hub's job {step.job.job_id} gave {', '.join(found)} where {spec.name} of "
+                f"{run.outputs[spec.name].size} numbers was expected; look at {step.job.url}"
+            )
+        theirs = found[spec.name].reshape(-1)
+        # AI Hub may give numbers where the graph gives integers that stand for them
+        ours = theirs if theirs.dtype.kind == "f" else real(theirs, spec)
+        cpu = real(run.outputs[spec.name].reshape(-1), spec)
+        return [hexagon.correlation_figure(hexagon.correlations([ours], [cpu]), step.phone.name, "measured")]
+
 
 # what came of it
-
-
-def _measurement(
-    bundle: Bundle,
-    workload: Workload,
-    steps: Sequence[_Step],
-    hub: Hub,
-    known: dict[tuple[str, str], hexagon.Run],
-    logs: Path | None,
-    unchecked: str,
-    allow_fallback: bool,
-    variant_asked: str | None,
-    recompile: bool,
-) -> Measurement:
-    """The measurement of one device, whose jobs have all succeeded."""
-    phone, variant = steps[0].phone, steps[0].variant
-    profiles: dict[str, list[Profile]] = {function: [] for function in _FUNCTIONS}
-    figures: list[Figure] = []
-    for step in steps:
-        raw, profile = hub.result(step.job)
-        if logs:
-            hub.keep_logs(step.job, logs, raw)
-        profiles[step.function].append(profile)
-        if run := known.get((variant.name, step.entry.name)):
-            figures += _checked(step, run, hub)
-    effective = {name: _processors(each) for name, each in profiles.items() if _processors(each)}
-    marks = _fallback(phone, effective, allow_fallback)
-    decode = _together([each.runs for each in profiles["decode"]])
-    if measuring.slowed(decode):
-        marks.append("throttled")
-    lengths = {step.function: hexagon.length(step.entry) for step in steps}
-    unsaid = "" if len(effective) == len(_FUNCTIONS) else "AI Hub did not tell which processor computed what"
-    job = hub.job(steps[-1].job.job_id)  # as AI Hub has it, with its version
-    return measuring.measurement(
-        measuring.subject(bundle, variant),
-        Place(
-            target=TARGET,
-            device=phone.name,
-            os=system(job.device),
-            engine=hub.version(job),
-            chip=phone.chip,
-            backend=Backend(requested="NPU", effective=effective),
-            run=_ids(steps),
-        ),
-        Method(
-            workload=workload.name,
-            prompt_tokens=lengths["prefill"],
-            new_tokens=2,
-            context=variant.context,
-            warmup=0,
-            repeats=len(decode),
-            notes=(*_NOTES, *filter(None, (unchecked, unsaid))),
-        ),
-        [*_figures(profiles, lengths), *figures],
-        bundle,
-        marks=marks,
-        on=TARGET,
-        device=phone.name,
-        variant=variant_asked,
-        recompile=recompile,
-        allow_fallback=allow_fallback,
-    )
 
 
 def _figures(profiles: dict[str, list[Profile]], lengths: dict[str, int]) -> Iterator[Figure]:
@@ -375,25 +395,6 @@ def _together(parts: Sequence[tuple[float, ...]]) -> list[float]:
     if len({len(each) for each in parts}) == 1:
         return [sum(each) for each in zip(*parts, strict=True)]
     return [sum(quantile(each, 0.5) for each in parts)]
-
-
-def _checked(step: _Step, run: hexagon.Run, hub: Hub) -> list[Figure]:
-    """How the device's logits correlate with the CPU's, if the graph has some."""
-    spec = next((each for each in step.entry.outputs if each.name == "logits"), None)
-    if spec is None:
-        return []
-    from runtimes.engines.qnn import real
-
-    found = hub.outputs(step.job)
-    if spec.name not in found or found[spec.name].size != run.outputs[spec.name].size:
-        raise TargetError(
-            f"AI Hub's job {step.job.job_id} gave {', '.join(found)} where logits were expected: look at {step.job.url}"
-        )
-    theirs = found[spec.name].reshape(-1)
-    # AI Hub may give numbers where the graph gives integers that stand for them
-    ours = theirs if theirs.dtype.kind == "f" else real(theirs, spec)
-    cpu = real(run.outputs[spec.name].reshape(-1), spec)
-    return [hexagon.correlation_figure(hexagon.correlations([ours], [cpu]), step.phone.name, "measured")]
 
 
 def _processors(parts: Sequence[Profile]) -> dict[str, int]:

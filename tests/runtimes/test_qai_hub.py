@@ -15,7 +15,8 @@ pytest.importorskip("onnx", reason="onnx is not installed")
 
 import qai_hub.util.session
 
-from runtimes import farm
+from runtimes import ai_hub, farm
+from runtimes.ai_hub import Hub as Client
 from runtimes.bundle import Bundle
 from runtimes.engines import open_engine
 from runtimes.errors import BundleError, TargetError, UsageError
@@ -165,6 +166,28 @@ def test_an_unknown_phone_is_told_what_is_near(bench) -> None:
     assert (code, "say which with --device" in err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("chipset", "chip"),
+    [
+        ("qualcomm-snapdragon-8gen3", "sm8650"),
+        ("qualcomm-snapdragon-8-elite-for-galaxy", "sm8750"),
+        ("a-new-one", None),
+    ],
+)
+def test_a_phone_without_a_profile_has_the_chip_that_ai_hub_says(
+    chipset: str, chip: str | None, hub: Hub
+) -> None:
+    hub.phones.append(Phone("Samsung Galaxy S42 (Family)", chipset=chipset))
+    (found,) = Client().phones(["galaxy s42 (family)"])
+    assert found == ai_hub.Phone("Samsung Galaxy S42 (Family)", chip)
+
+
+def test_graphs_of_a_split_model_are_added_up() -> None:
+    """Of each run; of the medians where one graph ran more often."""
+    assert target._together([(1.0, 2.0), (0.5, 4.0)]) == [1.5, 6.0]
+    assert target._together([(1.0, 2.0, 9.0), (0.5, 0.7)]) == pytest.approx([2.6])
+
+
 def test_a_phone_that_is_gone(bench, hub: Hub) -> None:
     hub.gone.add(ULTRA)
     code, out, err = bench(ULTRA)
@@ -235,6 +258,10 @@ def test_a_job_that_fails_keeps_its_words(bench, hub: Hub, tmp_path: Path) -> No
     assert "--option run=j0" in err
     assert "run=j0+j1" not in err  # it would only fail again
     assert (tmp_path / "logs/j1/device.log").exists()
+    (tmp_path / "file").touch()
+    code, _, err = bench(ULTRA, "--option", f"logs={tmp_path / 'file'}")
+    assert "says: Context could not be created" in err  # whatever else fails
+    assert "logs cannot be kept in" in err
 
 
 def test_time_is_up_and_the_jobs_are_fetched_later(bench, hub: Hub) -> None:
