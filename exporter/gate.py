@@ -21,6 +21,7 @@ from runtimes import extras
 from runtimes.bundle import Bundle, Check, Gate, TensorReport, Variant
 from runtimes.cpu import default_threads
 from runtimes.engines import ENGINES, runs_here, simulator
+from runtimes.hexagon import CORRELATION, correlations
 from runtimes.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -65,7 +66,6 @@ class Effort:
 # Products rounded to float16. Of random models, whose weights amplify it most, single steps reach 2 %; the tokens that
 # differ are nearer than 0.6 %.
 HALF_BOUNDS = Bounds(largest=2e-2, mean=5e-3, tie=1e-2)
-CORRELATION = 0.999  # of a step's logits, where all values are integers: the simulator's and the CPU's
 # All in float16, sums too: of tiny random models, single steps reach 1.4 %.
 NPU_BOUNDS = Bounds(largest=2e-2, mean=1e-2, tie=2e-2)
 FLOAT_BOUNDS = Bounds(largest=1e-3, mean=1e-4, tie=1e-3)  # float32 sums in another order
@@ -332,9 +332,7 @@ def _tokens(
 
 def _correlation(ours: "np.ndarray", theirs: "np.ndarray") -> Check:
     """Of the logits of each step, the NPU's and the CPU's."""
-    import numpy as np
-
-    least = min(float(np.corrcoef(a, b)[0, 1]) for a, b in zip(ours, theirs, strict=True))
+    least = min(correlations(ours, theirs))
     return Check(
         name="graph",
         passed=least >= CORRELATION,  # so a NaN fails

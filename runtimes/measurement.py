@@ -30,11 +30,13 @@ class Figure(Strict):
 
     `times`: when each sample was taken, in seconds since the case began, where it ran for minutes.
 
-    Names in use: load_time, compile_time (what the device's library compiles at the first load), ttft (s);
+    Names in use: load_time, warm_load_time (what was loaded before), compile_time (what the device's library compiles
+    at the first load), ttft (s);
     prefill_speed, decode_speed (tokens/s); prefill_instructions, decode_instructions (of a token); peak_memory (all
     that was resident), peak_anonymous_memory (of it what no file backs), peak_mapped_memory (of it mapped files),
     peak_accelerator_memory (buffers of a GPU or an NPU), idle_memory (anonymous, before the model was loaded) (bytes);
-    energy (J of a token).
+    energy (J of a token); npu_operations, npu_share (of all operations, those that an NPU computes, and percent);
+    logits_correlation (of a step's logits with the same graph's on the CPU).
     """
 
     name: str

@@ -157,7 +157,7 @@ def run(job: Job, load: Callable[[Bundle], Engine] | None = None) -> Samples:
         idle_memory=idle,
         engine=engine.version,
         interrupted=interrupted,
-        answers=() if interrupted else _answers(bundle, engine, job),
+        answers=() if interrupted else ask(bundle, engine, job.prompts, job.answer_tokens),
     )
 
 
@@ -181,15 +181,15 @@ def _repeat(engine: Engine, ids: list[int], job: Job) -> tuple[list[_Run], bool]
     return runs, False
 
 
-def _answers(bundle: Bundle, engine: Engine, job: Job) -> tuple[Answer, ...]:
-    """What the model says to the job's prompts, greedily."""
-    if not job.prompts:
+def ask(bundle: Bundle, engine: Engine, prompts: Sequence[str], tokens: int) -> tuple[Answer, ...]:
+    """What the model says to each prompt, greedily, in `tokens` at most."""
+    if not prompts:
         return ()
     from runtimes.generate import Model
     from runtimes.tokenizer import Tokenizer
 
     model = Model(bundle, engine, Tokenizer(bundle.file(TOKENIZER)))
-    said = ((prompt, model.generate(prompt, max_tokens=job.answer_tokens)) for prompt in job.prompts)
+    said = ((prompt, model.generate(prompt, max_tokens=tokens)) for prompt in prompts)
     return tuple(Answer(prompt=prompt, text=each.text, tokens=each.tokens) for prompt, each in said)
 
 

@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,7 @@ LIBRARY = "onnxruntime_qnn"
 PROVIDER = "QNNExecutionProvider"
 # The provider leaves these to the CPU unless told otherwise.
 _AFFINITY = {"op_type": {"GroupQueryAttention": "htp"}}
-_KEPT = "graph.onnx"
+_KEPT, _NODES = "graph.onnx", "nodes.json"
 _VERBOSE, _FATAL = 0, 4  # log severities; what goes wrong comes as an exception
 _REFUSAL = re.compile(
     r"Validation FAILED [^\n]*\n\s*Operator type: (?P<op>\S+) Node name: (?P<name>\S+)[^\n]*\n"
@@ -96,25 +96,29 @@ def open_session(
     return session
 
 
-def open_kept(graph: Path, chip: Chip, content: str) -> Any:
-    """As `open_session`; what is compiled is kept in the user's cache folder, and loaded from there the next time.
+def open_kept(graph: Path, chip: Chip, content: str) -> tuple[Any, list[Node]]:
+    """As `open_session`, and what of the graph runs where. What is compiled is kept in the user's cache folder, and
+    loaded from there the next time.
 
     `content`: tells all bytes of the graph and its weights from others, as their checksums do.
     """
     key = hashlib.sha256(json.dumps([content, chip.soc_model, chip.arch, version()]).encode()).hexdigest()
     kept = cache_folder() / "htp-simulator" / key
-    if (kept / _KEPT).is_file():
-        return open_session(kept / _KEPT, chip)
+    if (kept / _NODES).is_file():
+        placed = json.loads((kept / _NODES).read_text(encoding="utf-8"))
+        return open_session(kept / _KEPT, chip), [Node(**node) for node in placed]
     work = kept.with_name(f"{key}.{os.getpid()}.partial")
     work.mkdir(parents=True, exist_ok=True)
     try:
         session = open_session(graph, chip, binary=work / _KEPT)
-        if (work / _KEPT).is_file() and not kept.exists():
+        found = nodes(session)
+        if (work / _KEPT).is_file():  # else nothing of it is on the NPU
+            (work / _NODES).write_text(json.dumps([asdict(node) for node in found]), encoding="utf-8")
             with contextlib.suppress(OSError):  # another process was quicker
                 work.rename(kept)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return session
+    return session, found
 
 
 def refusals(graph: Path, chip: Chip) -> list[Refusal]:

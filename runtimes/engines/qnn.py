@@ -8,7 +8,8 @@ The caller holds the KV cache. A graph gives back either the whole of it, which 
 rows alone, which are put where they belong.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,10 @@ class QnnEngine(Session):
     """The verbs of `runtimes.engines.Engine` over sessions on the NPU, real or simulated.
 
     `exact`: the same graphs by the CPU's kernels, which tells what is the NPU's rounding from what is the graph's.
+    `watch`: told each run of a graph: its entry point's name, inputs and outputs by name. It copies what it keeps.
     """
+
+    watch: Callable[[str, dict[str, NDArray[Any]], dict[str, NDArray[Any]]], None] | None = None
 
     def __init__(
         self,
@@ -68,6 +72,14 @@ class QnnEngine(Session):
     def version(self) -> str:
         return self._version
 
+    def placed(self) -> dict[str, dict[str, int]]:
+        """Of prefill and of decode: how many operations the NPU computes, and the CPU. Not for `exact` engines."""
+        counts = {"prefill": Counter[str](), "decode": Counter[str]()}
+        for name, parts in (("prefill", self._prefill), ("decode", self._decode)):
+            for part in parts:
+                counts[name].update(part.placed())
+        return {name: dict(count) for name, count in counts.items()}
+
     def close(self) -> None:
         self._embed = None
         self._prefill, self._decode = [], []
@@ -103,7 +115,10 @@ class QnnEngine(Session):
             given = {"hidden": hidden} | {
                 spec.name: position_input(spec, self._position, length, self._room) for spec in part.places
             }
-            found = part.run(given | {spec.name: self._cache[spec.name] for spec in part.past})
+            given |= {spec.name: self._cache[spec.name] for spec in part.past}
+            found = part.run(given)
+            if self.watch:
+                self.watch(part.name, given, found)
             for present in part.present:  # more than `past`: a prompt's last layer is not attended to
                 past = present.replace("present", "past_key_values")
                 self._cache[past] = remembered(self._cache[past], found[present], self._position, count)
@@ -122,6 +137,7 @@ class _Part:
     its bytes from others', where it is compiled here, to be simulated."""
 
     def __init__(self, bundle: Bundle, entry: EntryPoint, chip: qnn.Chip | None, kept: str = "") -> None:
+        self.name = entry.name
         self.inputs = {spec.name: spec for spec in entry.inputs}
         self.outputs = {spec.name: spec for spec in entry.outputs}
         self.past = [spec for spec in entry.inputs if spec.name.startswith("past_key_values")]
@@ -130,6 +146,7 @@ class _Part:
         self.length = int(self.inputs["hidden"].shape[1])
         self._path, self._chip, self._kept = bundle.file(entry.file), chip, kept
         self._opened: Any = None
+        self._nodes: list[qnn.Node] = []
 
     @property
     def _session(self) -> Any:
@@ -142,9 +159,10 @@ class _Part:
         if self._chip is None:
             session = qnn.open_on_cpu(self._path)
         elif self._kept:
-            session = qnn.open_kept(self._path, self._chip, self._kept)
+            session, self._nodes = qnn.open_kept(self._path, self._chip, self._kept)
         else:
             session = qnn.open_session(self._path, self._chip)
+            self._nodes = qnn.nodes(session)
         found = {node.name for node in (*session.get_inputs(), *session.get_outputs())}
         if strange := sorted(found ^ {*self.inputs, *self.outputs}):
             raise EngineError(
@@ -152,6 +170,11 @@ class _Part:
                 "export the bundle again"
             )
         return session
+
+    def placed(self) -> Counter[str]:
+        """Operations on the NPU and on the CPU."""
+        assert self._session
+        return Counter("NPU" if node.provider == qnn.PROVIDER else "CPU" for node in self._nodes)
 
     def run(self, given: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         try:

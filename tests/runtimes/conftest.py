@@ -323,3 +323,18 @@ def scripted_model(toy: Path):
         return Model(Bundle(bundle.path, manifest), Scripted(ids, context), tokenizer)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def hexagon(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """pepper with a variant for the NPU of sm8650 (a Galaxy S24 Ultra's), and the CPU's."""
+    pytest.importorskip("onnxruntime_qnn", reason="onnxruntime-qnn is not installed")
+    pytest.importorskip("torch", reason="torch is not installed")
+    from exporter import export
+    from exporter.npu.hexagon_plan import Wishes
+
+    folder = tmp_path_factory.mktemp("hexagon") / "out"
+    wishes = Wishes(("sm8650",))
+    return export(
+        "pepper", folder, delegate="hexagon", scheme="int4", context=64, wishes=wishes, verify=False
+    )
