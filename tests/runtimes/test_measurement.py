@@ -113,7 +113,7 @@ def test_the_peak_of_anonymous_memory_is_seen() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, small, anonymous, mapped, resident = map(int, done.stdout.split())
     assert small < before + (32 << 20) < before + (48 << 20) < resident
-    assert small <= anonymous <= resident
+    assert small - (1 << 20) < anonymous <= resident  # the kernel counts pages in batches
     assert 1 << 20 < mapped < resident
 
 
