@@ -12,6 +12,7 @@ Tried with boto3 against a stand-in alone: Device Farm itself was never reached.
 import functools
 import json
 import os
+import re
 import tempfile
 import urllib.error
 import urllib.request
@@ -35,6 +36,7 @@ REGION = (
     "us-west-2"  # the only one that has Device Farm (docs.aws.amazon.com/general/latest/gr/devicefarm.html)
 )
 RUNNER = "runner"
+_RUN = re.compile(r"arn:aws:devicefarm:[^:]*:[^:]*:run:\S+")
 _LOGS = (
     "DEVICE_LOG",
     "MESSAGE_LOG",
@@ -75,6 +77,8 @@ def measure(
     account has several. `logs`: a folder for all that the devices say. `run`: the ARN of a run to go on waiting for.
     Raises UsageError, TargetError, MissingExtra, BundleError, ChecksumError.
     """
+    if run is not None and not _RUN.fullmatch(run):
+        raise UsageError(f"{run!r} is no run of Device Farm's: its id is an ARN, arn:aws:devicefarm:...:run:...")
     errand = farm_run.errand(
         TARGET,
         "device_farm",
