@@ -77,7 +77,7 @@ def choose(wanted: Sequence[str], farm: Farm, offered: Sequence[Offered], varian
     return found
 
 
-def known(farm: Farm, offered: Offered) -> Chosen:
+def known(offered: Offered) -> Chosen:
     """A device of the farm's, with the one profile that answers to its names."""
     found = (_find(name) for name in offered.names)
     return Chosen(offered, next((each for each in found if each and _same(each, offered)), None))
@@ -87,7 +87,7 @@ def _choose(name: str, farm: Farm, offered: Sequence[Offered]) -> Chosen:
     key = normalized(name)
     own = [each for each in offered if key in map(normalized, (each.id, each.label))]
     if own:
-        return known(farm, max(own, key=_newness))
+        return known(max(own, key=_newness))
     profile = profiles.find(name)
     there = [each for each in offered if _same(profile, each)]
     if not there:

@@ -78,7 +78,9 @@ def measure(
     Raises UsageError, TargetError, MissingExtra, BundleError, ChecksumError.
     """
     if run is not None and not _RUN.fullmatch(run):
-        raise UsageError(f"{run!r} is no run of Device Farm's: its id is an ARN, arn:aws:devicefarm:...:run:...")
+        raise UsageError(
+            f"{run!r} is no run of Device Farm's: its id is an ARN, arn:aws:devicefarm:...:run:..."
+        )
     errand = farm_run.errand(
         TARGET,
         "device_farm",
@@ -174,7 +176,7 @@ class _DeviceFarm:
 
     def outcomes(self, run: str, logs: Logs) -> Iterator[Outcome]:
         for job in self._all("list_jobs", "jobs", arn=run):
-            device = farm_devices.known("device_farm", _offered(job["device"]))
+            device = farm_devices.known(_offered(job["device"]))
             texts, lost = [], []
             for kind in ("LOG", "FILE"):
                 for artifact in self._all("list_artifacts", "artifacts", arn=job["arn"], type=kind):

@@ -170,9 +170,7 @@ class _BrowserStack:
 
     def outcomes(self, run: str, logs: Logs) -> Iterator[Outcome]:
         for device in self._build(run)["devices"]:
-            there = farm_devices.known(
-                "browserstack", _offered(device["device"], device["os"], device["os_version"])
-            )
+            there = farm_devices.known(_offered(device["device"], device["os"], device["os_version"]))
             for session in device["sessions"]:
                 text, lost = self._logs(run, session["id"], there.offered.label, logs)
                 status = session["status"].lower()

@@ -126,6 +126,7 @@ class _TestLab:
         )
         self._storage: Any = storage.Client(project=self._project, credentials=self._credentials)
         self._bucket: Any = self._storage.bucket(bucket) if bucket else None
+        self._phones: list[Offered] | None = None
 
     @property
     def secrets(self) -> tuple[str | None, ...]:
@@ -133,6 +134,11 @@ class _TestLab:
 
     def offered(self) -> list[Offered]:
         """Its real Android phones: an emulator's figures say nothing of a phone."""
+        if self._phones is None:
+            self._phones = self._list()
+        return self._phones
+
+    def _list(self) -> list[Offered]:
         asked = self._client.testEnvironmentCatalog().get(environmentType="ANDROID", projectId=self._project)
         catalog = self._execute(asked, "listing devices")
         return [
@@ -205,13 +211,14 @@ class _TestLab:
             listed = farm.retried(
                 lambda: list(self._storage.list_blobs(bucket, prefix=f"{folder}/", retry=None)), self._passes
             )
+        phones = {each.id: each for each in self.offered()}
         for execution in matrix.get("testExecutions", ()):
             there = execution["environment"]["androidDevice"]
             model, version = there["androidModelId"], there["androidVersionId"]
-            device = farm_devices.known(
-                "firebase", Offered(f"{model}-{version}", f"{model}-{version}", (model,), "android", version)
-            )
-            own = f"{folder}/{model}-{version}-"
+            id = f"{model}-{version}"
+            bare = Offered(id, id, (model,), "android", version)
+            device = farm_devices.known(phones.get(id, bare))
+            own = f"{folder}/{id}-"
             texts, lost = [], []
             for blob in listed:
                 if not blob.name.startswith(own) or not blob.name.endswith(_TEXTS):

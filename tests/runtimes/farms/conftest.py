@@ -188,7 +188,7 @@ def apps(toy: Path, tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.fixture
-def nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Callable[..., None]]:
+def nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Callable[..., None]:
     """`nowhere(secrets, *texts)`: no secret is in a text, in a log of the process, or in a file of the test."""
     caplog.set_level("INFO")
 
@@ -201,4 +201,4 @@ def nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Callab
             assert secret not in said
             assert not any(secret.encode() in data for data in files)
 
-    yield nowhere
+    return nowhere

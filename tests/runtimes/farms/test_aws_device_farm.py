@@ -417,10 +417,11 @@ def test_a_run_that_cannot_be_cancelled_is_named(farm, make_reply, measure, cloc
     clock.interrupt_at = 1
     with pytest.raises(KeyboardInterrupt):
         measure()
-    assert (
-        f"run {RUN} could not be cancelled (TargetError): do it on the farm's web page"
-        in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert said.startswith(
+        f"gochu: run {RUN} could not be cancelled (Device Farm's stop_run failed (ExpiredToken"
     )
+    assert said.endswith("sign in to AWS again): do it on the farm's web page\n")
 
 
 def test_a_run_is_resumed_by_its_id(farm, measure) -> None:
