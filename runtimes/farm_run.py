@@ -105,7 +105,7 @@ class Errand:
             self.bundle,
             self.job.workload.name,
             measurement.answers,
-            on=self.target.replace("_", "-"),
+            on=self.target,
             variant=self.variant.name,
             device=self.device or device,
             **self.options,

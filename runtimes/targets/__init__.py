@@ -25,7 +25,7 @@ from runtimes.errors import TargetError, UsageError
 from runtimes.measurement import Measurement
 from runtimes.workload import Workload
 
-BUILT_IN = ("host", "mac", "iphone", "aws_device_farm", "firebase_test_lab", "browserstack")
+BUILT_IN = ("host", "mac", "iphone", "aws-device-farm", "firebase-test-lab", "browserstack")
 GROUP = "gochu.targets"
 
 
@@ -38,7 +38,7 @@ class Target(Protocol):
 def find(name: str) -> Target:
     """The target by that name. UsageError if there is none, TargetError if another package's cannot be used."""
     if name in BUILT_IN:
-        module: Any = importlib.import_module(f"runtimes.targets.{name}")
+        module: Any = importlib.import_module(f"runtimes.targets.{name.replace('-', '_')}")
         return module
     others = importlib.metadata.entry_points(group=GROUP)
     found = [entry for entry in others if entry.name == name]

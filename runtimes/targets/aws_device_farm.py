@@ -11,6 +11,7 @@ Tried with boto3 against a stand-in alone: Device Farm itself was never reached.
 
 import functools
 import json
+import math
 import os
 import re
 import tempfile
@@ -31,10 +32,10 @@ from runtimes.farm_run import Errand, Logs, Outcome
 from runtimes.measurement import Measurement
 from runtimes.workload import Workload
 
-TARGET = "aws_device_farm"
-REGION = (
-    "us-west-2"  # the only one that has Device Farm (docs.aws.amazon.com/general/latest/gr/devicefarm.html)
-)
+TARGET = "aws-device-farm"
+REGION = "us-west-2"  # no other has Device Farm (docs.aws.amazon.com/general/latest/gr/devicefarm.html)
+_LONGEST = 150.0  # minutes of a run (docs.aws.amazon.com/devicefarm/latest/developerguide/limits.html)
+_MOST = 4e9  # bytes of an app (same page), and of extra data (.../test-runs.html)
 RUNNER = "runner"
 _RUN = re.compile(r"arn:aws:devicefarm:[^:]*:[^:]*:run:\S+")
 _LOGS = (
@@ -80,6 +81,10 @@ def measure(
     if run is not None and not _RUN.fullmatch(run):
         raise UsageError(
             f"{run!r} is no run of Device Farm's: its id is an ARN, arn:aws:devicefarm:...:run:..."
+        )
+    if max_minutes > _LONGEST:
+        raise UsageError(
+            f"Device Farm ends a run after {_LONGEST:g} minutes: lower max_minutes, or take a smaller workload"
         )
     errand = farm_run.errand(
         TARGET,
@@ -160,7 +165,7 @@ class _DeviceFarm:
                 "maxDevices": len(devices),
             },
             executionConfiguration={
-                "jobTimeoutMinutes": max(5, round(errand.limits.minutes)),  # Device Farm takes no fewer
+                "jobTimeoutMinutes": math.ceil(errand.limits.minutes),
                 "videoCapture": False,
             },
             test=test,
@@ -206,10 +211,11 @@ class _DeviceFarm:
             farm_package.app(self._tests, "tests", packages),
         )
         data = farm_package.pack(contents, folder / "bundle.zip")
+        extra = self._upload(data, "EXTERNAL_DATA", errand)  # first: it is what may be too large
         test = {"type": kind, "testPackageArn": self._upload(*tests, errand)}
         return test, {
             "appArn": self._upload(*app, errand),
-            "configuration": {"extraDataPackageArn": self._upload(data, "EXTERNAL_DATA", errand)},
+            "configuration": {"extraDataPackageArn": extra},
         }
 
     def _runner_test(
@@ -242,6 +248,11 @@ class _DeviceFarm:
 
     def _upload(self, path: Path, kind: str, errand: Errand) -> str:
         """The ARN of a file that was sent to Device Farm, and that it could read."""
+        if path.stat().st_size > _MOST:
+            raise UsageError(
+                f"{path.name} has {path.stat().st_size / 1e9:.1f} GB, and Device Farm takes {_MOST / 1e9:g}: export a "
+                "smaller scheme, or a smaller model"
+            )
         errand.progress(f"sending {path.name} ({path.stat().st_size / 1e6:.0f} MB)")
         made = self._ask("create_upload", projectArn=self._project, name=path.name, type=kind)["upload"]
         with path.open("rb") as file:

@@ -31,13 +31,13 @@ from runtimes.farm_run import Errand, Logs, Outcome
 from runtimes.measurement import Measurement
 from runtimes.workload import Workload
 
-TARGET = "firebase_test_lab"
+TARGET = "firebase-test-lab"
 ENDPOINT = "GOCHU_TEST_LAB_ENDPOINT"  # another server that speaks the same API, in a test
 THERE = f"/data/local/tmp/{FOLDER}"
 _EXTRA = "firebase"
 _SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 _LONGEST = (
-    45.0  # minutes of a test on a physical device (firebase.google.com/docs/test-lab/usage-quotas-pricing)
+    45.0  # minutes of a test on a phone (firebase.google.com/docs/test-lab/android/instrumentation-test)
 )
 _RUNNING = ("TEST_STATE_UNSPECIFIED", "VALIDATING", "PENDING", "RUNNING")
 _TEXTS = (".txt", ".xml", ".results", "logcat")

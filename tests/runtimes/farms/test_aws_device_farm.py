@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from runtimes.bundle import file_sha256
-from runtimes.errors import TargetError, UsageError
+from runtimes.errors import MissingExtra, TargetError, UsageError
 from runtimes.measurement import Measurement, read
 
 boto3 = pytest.importorskip("boto3", reason="the client of AWS Device Farm")
@@ -188,7 +189,7 @@ def test_a_phone_is_measured_from_the_command_line(gochu, farm, toy, apps, tmp_p
         "bench",
         toy,
         "--on",
-        "aws_device_farm",
+        "aws-device-farm",
         "--device",
         "갤럭시 S24 울트라",
         "--out",
@@ -205,7 +206,7 @@ def test_a_phone_is_measured_from_the_command_line(gochu, farm, toy, apps, tmp_p
     assert (code, complained) == (0, "")
     (found,) = map(Measurement.model_validate, json.loads(said))
     assert (found.where.target, found.where.device, found.where.chip) == (
-        "aws_device_farm",
+        "aws-device-farm",
         "Galaxy S24 Ultra",
         "sm8650",
     )
@@ -354,7 +355,7 @@ def test_what_device_farm_refuses_is_one_sentence(
 ) -> None:
     farm.faults[operation] = [error(make_reply, code, message, status)]
     options = ["--option", f"app={apps['app.apk']}", "--option", f"tests={apps['test.apk']}"]
-    code, out, err = gochu("bench", toy, "--on", "aws_device_farm", "--device", "Galaxy S24 Ultra", *options)
+    code, out, err = gochu("bench", toy, "--on", "aws-device-farm", "--device", "Galaxy S24 Ultra", *options)
     assert (code, out, err.count("\n")) == (6, "", 1)
     assert re.search(words, err)
     nowhere([SECRET, TOKEN, "presigned-and-secret"], out, err)
@@ -528,6 +529,7 @@ def test_another_workload_than_the_runs_is_refused(farm, measure, printed) -> No
             "2 devices for up to 90 .* are 180 device minutes",
         ),
         ({"variant": "npu"}, "has no variant 'npu'; it has cpu"),
+        ({"max_minutes": 151}, "Device Farm ends a run after 150 minutes: lower max_minutes"),
         ({"run": "run-0001"}, "'run-0001' is no run of Device Farm's: its id is an ARN"),
         ({"context": 4096}, "has a context of at most 96 tokens, not 4096"),
     ],
@@ -536,6 +538,23 @@ def test_what_cannot_be_done_is_said_before_anything_costs(farm, measure, option
     with pytest.raises(UsageError, match=words):
         measure(**options)
     assert farm.count("ScheduleRun") == 0
+
+
+def test_what_is_too_large_is_said_before_it_is_sent(farm, measure, monkeypatch) -> None:
+    monkeypatch.setattr(aws_device_farm, "_MOST", 10_000)
+    with pytest.raises(
+        UsageError, match=r"bundle\.zip has 0\.0 GB, and Device Farm takes 1e-05: export a smaller"
+    ):
+        measure()
+    assert farm.count("CreateUpload") == 0
+
+
+def test_a_missing_extra_is_one_line(farm, measure, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(
+        MissingExtra, match=r"^boto3 is not installed; install it with `pip install 'gochu\[aws\]'`$"
+    ):
+        measure()
 
 
 def test_a_device_that_is_gone_is_said(farm, measure) -> None:

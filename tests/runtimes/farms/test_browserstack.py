@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from runtimes.bundle import file_sha256
-from runtimes.errors import TargetError, UsageError
+from runtimes.errors import MissingExtra, TargetError, UsageError
 from runtimes.measurement import Measurement
 
 httpx = pytest.importorskip("httpx", reason="the client of BrowserStack")
@@ -395,3 +396,11 @@ def test_missing_credentials_are_said(farm, measure, monkeypatch, name) -> None:
     ):
         measure()
     assert farm.asked == []
+
+
+def test_a_missing_extra_is_one_line(farm, measure, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    with pytest.raises(
+        MissingExtra, match=r"^httpx is not installed; .*pip install 'gochu\[browserstack\]'`$"
+    ):
+        measure()

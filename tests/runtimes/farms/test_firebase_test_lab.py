@@ -3,6 +3,7 @@
 import email.parser
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -10,7 +11,7 @@ from urllib.parse import unquote
 import pytest
 
 from runtimes.bundle import file_sha256
-from runtimes.errors import TargetError, UsageError
+from runtimes.errors import MissingExtra, TargetError, UsageError
 from runtimes.measurement import Measurement
 
 pytest.importorskip("googleapiclient", reason="the client of Firebase Test Lab")
@@ -210,11 +211,11 @@ def test_a_phone_is_measured_from_the_command_line(
     ]
     arguments = [word for option in options for word in ("--option", option)]
     code, said, complained = gochu(
-        "bench", toy, "--on", "firebase_test_lab", "--device", "갤럭시 S24 울트라", "--json", *arguments
+        "bench", toy, "--on", "firebase-test-lab", "--device", "갤럭시 S24 울트라", "--json", *arguments
     )
     assert (code, complained) == (0, "")
     (found,) = map(Measurement.model_validate, json.loads(said))
-    assert (found.where.target, found.where.device) == ("firebase_test_lab", "Galaxy S24 Ultra")
+    assert (found.where.target, found.where.device) == ("firebase-test-lab", "Galaxy S24 Ultra")
     assert (found.where.chip, found.where.run) == ("sm8650", MATRIX)
     assert found.what.bundle == file_sha256(toy / "manifest.json")
     assert f"--option bucket={BUCKET}" in found.command
@@ -301,7 +302,7 @@ def test_what_google_refuses_is_one_sentence(
     options = [f"app={apps['app.apk']}", f"tests={apps['test.apk']}", f"bucket={BUCKET}"]
     arguments = [word for option in options for word in ("--option", option)]
     code, out, err = gochu(
-        "bench", toy, "--on", "firebase_test_lab", "--device", "Galaxy S24 Ultra", *arguments
+        "bench", toy, "--on", "firebase-test-lab", "--device", "Galaxy S24 Ultra", *arguments
     )
     assert (code, out, err.count("\n")) == (6, "", 1)
     assert re.search(words, err)
@@ -451,5 +452,13 @@ def test_a_phone_that_is_gone_is_said(farm, measure) -> None:
     farm.models[0]["perVersionInfo"] = [{"versionId": "34", "deviceCapacity": "DEVICE_CAPACITY_NONE"}]
     with pytest.raises(
         TargetError, match=r"the farm has Samsung Galaxy S24 Ultra \(e3q-34\), but not now: try later"
+    ):
+        measure()
+
+
+def test_a_missing_extra_is_one_line(farm, measure, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "googleapiclient.discovery", None)
+    with pytest.raises(
+        MissingExtra, match=r"^googleapiclient is not installed; .*pip install 'gochu\[firebase\]'`$"
     ):
         measure()
