@@ -56,16 +56,18 @@ def wait(
     limits: Limits,
     clock: Clock | None = None,
     progress: Callable[[str], None] = lambda what: None,
+    fate: str = "was cancelled: allow more with max_minutes",
 ) -> T:
-    """Ask again and again, at growing intervals, until there is an answer; TargetError when the time is up."""
+    """Ask again and again, at growing intervals, until there is an answer; TargetError when the time is up.
+
+    `fate`: what becomes of it then, and what to do.
+    """
     clock = clock or Clock()
     start, pause = clock.now(), FIRST_WAIT
     while (answer := ask()) is None:
         spent = clock.now() - start
         if spent >= 60 * limits.minutes:
-            raise TargetError(
-                f"{what} was not done after {limits.minutes:g} minutes and was cancelled: allow more with max_minutes"
-            )
+            raise TargetError(f"{what} was not done after {limits.minutes:g} minutes and {fate}")
         progress(f"{what}: {spent / 60:.0f} of at most {limits.minutes:g} minutes")
         clock.sleep(min(pause, 60 * limits.minutes - spent))
         pause = min(1.5 * pause, LONGEST_WAIT)

@@ -274,7 +274,11 @@ class _DeviceFarm:
             return upload if upload["status"] in ("SUCCEEDED", "FAILED") else None
 
         upload = farm.wait(
-            taken, f"Device Farm's look at {path.name}", errand.limits, progress=errand.progress
+            taken,
+            f"Device Farm's look at {path.name}",
+            errand.limits,
+            progress=errand.progress,
+            fate="nothing was started: try again later",
         )
         if upload["status"] == "FAILED":
             why = upload.get("message") or upload.get("metadata") or "no reason given"

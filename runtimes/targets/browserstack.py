@@ -16,7 +16,9 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import AliasChoices, BaseModel, Field, TypeAdapter, ValidationError
 
 from runtimes import farm, farm_devices, farm_package, farm_run
 from runtimes.bundle import MANIFEST, Bundle
@@ -27,6 +29,7 @@ from runtimes.farm_run import Errand, Logs, Outcome
 from runtimes.measurement import Measurement
 from runtimes.workload import Workload
 
+Told = TypeVar("Told")
 TARGET = "browserstack"
 USERNAME, ACCESS_KEY = "BROWSERSTACK_USERNAME", "BROWSERSTACK_ACCESS_KEY"
 ENDPOINT = (
@@ -111,6 +114,59 @@ def _browserstack(app: Path | None, tests: Path | None, fetches: bool) -> "Itera
         yield _BrowserStack(client, httpx, (key,), app, tests, fetches)
 
 
+class _Answer(BaseModel):
+    """What is used of BrowserStack's answers: one of another shape is refused with a sentence."""
+
+
+class _Listed(_Answer):
+    device: str
+    os: str
+    os_version: str
+
+
+class _Uploaded(_Answer):
+    """`test_url`: what a test suite's address was called before 2021."""
+
+    url: str = Field(validation_alias=AliasChoices("app_url", "test_suite_url", "test_url"))
+
+
+class _Started(_Answer):
+    build_id: str | None = None
+    message: Any = None
+
+
+class _SessionOfBuild(_Answer):
+    id: str
+    status: str
+
+
+class _DeviceOfBuild(_Listed):
+    sessions: tuple[_SessionOfBuild, ...]
+
+
+class _Build(_Answer):
+    status: str
+    devices: tuple[_DeviceOfBuild, ...] = ()
+
+
+class _Case(_Answer):
+    name: str = "test"
+    device_log: str | None = None
+    instrumentation_log: str | None = None
+
+
+class _Class(_Answer):
+    testcases: tuple[_Case, ...] = ()
+
+
+class _Classes(_Answer):
+    data: tuple[_Class, ...] = ()
+
+
+class _Session(_Answer):
+    testcases: _Classes = _Classes()
+
+
 class _BrowserStack:
     """BrowserStack, asked through httpx. A run's id is framework/build."""
 
@@ -127,8 +183,8 @@ class _BrowserStack:
         self._app, self._tests, self._fetches = app, tests, fetches
 
     def offered(self) -> list[Offered]:
-        devices = self._json("GET", "app-automate/devices.json", "listing devices")
-        return [_offered(each["device"], each["os"], each["os_version"]) for each in devices]
+        devices = self._told(list[_Listed], "GET", "app-automate/devices.json", "listing devices")
+        return [_offered(each) for each in devices]
 
     def start(self, errand: Errand, devices: Sequence[Chosen]) -> str:
         system = devices[0].offered.os
@@ -138,8 +194,8 @@ class _BrowserStack:
         if not self._fetches:
             _require_bundle(app, errand.bundle)
         build: dict[str, Any] = {
-            "app": self._upload(framework, "app", app, "app_url", errand),
-            "testSuite": self._upload(framework, "test-suite", tests, "test_suite_url", errand),
+            "app": self._upload(framework, "app", app, errand),
+            "testSuite": self._upload(framework, "test-suite", tests, errand),
             "devices": [each.offered.id for each in devices],
             "project": "gochu",
             "deviceLogs": True,
@@ -149,54 +205,59 @@ class _BrowserStack:
                 _JOB: errand.job.to_json()
             },
         }
-        answer = self._json(
+        answer = self._told(
+            _Started,
             "POST",
             f"app-automate/{framework}/v2/build",
             "starting a build",
             again=self._refused,  # a request whose answer was lost may have started a build that costs money
             json=build,
         )
-        if "build_id" not in answer:
+        if not answer.build_id:
             raise TargetError(
-                f"BrowserStack started no build ({self._said(str(answer.get('message', answer)))})"
+                f"BrowserStack started no build ({self._said(str(answer.message))}); see its words"
             )
-        return f"{framework}/{answer['build_id']}"
+        return f"{framework}/{answer.build_id}"
 
     def ended(self, run: str) -> bool:
-        return bool(self._build(run)["status"].lower() in _ENDED)
+        return bool(self._build(run).status.lower() in _ENDED)
 
     def cancel(self, run: str) -> None:
-        self._json("POST", f"{_path(run)}/stop", f"stopping build {run}")
+        self._ask("POST", f"{_path(run)}/stop", f"stopping build {run}", self._passes)
 
     def outcomes(self, run: str, logs: Logs) -> Iterator[Outcome]:
-        for device in self._build(run)["devices"]:
-            there = farm_devices.known(_offered(device["device"], device["os"], device["os_version"]))
-            for session in device["sessions"]:
-                text, lost = self._logs(run, session["id"], there.offered.label, logs)
-                status = session["status"].lower()
+        for device in self._build(run).devices:
+            there = farm_devices.known(_offered(device))
+            for session in device.sessions:
+                text, lost = self._logs(run, session.id, there.offered.label, logs)
+                status = session.status.lower()
                 failure = "" if status == "passed" else f"its session is {status}"
                 yield Outcome(there, text, "; ".join(filter(None, [failure, *lost])))
 
     def _logs(self, run: str, session: str, device: str, logs: Logs) -> tuple[str, list[str]]:
         """The texts of a session's logs, and which could not be had: those of its tests, or else of the device."""
-        found = self._json("GET", f"{_path(run)}/sessions/{session}", f"asking for session {session}")
-        cases = [case for group in found.get("testcases", {}).get("data", ()) for case in group["testcases"]]
+        where = f"{_path(run)}/sessions/{session}"
+        found = self._told(_Session, "GET", where, f"asking for session {session}")
+        cases = [case for group in found.testcases.data for case in group.testcases]
         wanted = [
-            (f"{number:02} {case['name']} {kind}.txt", case[kind])
+            (f"{number:02} {case.name} {kind}.txt", url)
             for number, case in enumerate(cases, 1)
-            for kind in ("device_log", "instrumentation_log")
-            if case.get(kind)
+            for kind, url in (
+                ("device_log", case.device_log),
+                ("instrumentation_log", case.instrumentation_log),
+            )
+            if url
         ]
         texts, lost = [], []
-        for name, url in wanted or [("device_log.txt", f"{_path(run)}/sessions/{session}/devicelogs")]:
+        for name, url in wanted or [("device_log.txt", f"{where}/devicelogs")]:
             try:
                 texts.append(logs.keep(device, name, self._get(url, name)))
             except TargetError as error:
                 lost.append(str(error))
         return "\n".join(texts), lost
 
-    def _build(self, run: str) -> Any:
-        return self._json("GET", _path(run), f"asking for build {run}")
+    def _build(self, run: str) -> _Build:
+        return self._told(_Build, "GET", _path(run), f"asking for build {run}")
 
     def _get(self, url: str, name: str) -> bytes:
         """A log; the access key goes to BrowserStack's own addresses alone."""
@@ -208,7 +269,7 @@ class _BrowserStack:
         data: bytes = self._ask("GET", str(address), f"getting {name}", self._passes, **request).content
         return data
 
-    def _upload(self, framework: str, kind: str, path: Path, key: str, errand: Errand) -> str:
+    def _upload(self, framework: str, kind: str, path: Path, errand: Errand) -> str:
         """The address, bs://..., of a file that was sent."""
         errand.progress(f"sending {path.name} ({path.stat().st_size / 1e6:.0f} MB)")
 
@@ -220,18 +281,19 @@ class _BrowserStack:
             return answer.raise_for_status()
 
         with self._step(f"sending {path.name}"):
-            answer = self._object(farm.retried(send, self._passes), f"sending {path.name}")
-        return str(answer.get(key) or answer["test_url"])  # its name for a test before 2021
+            answer = farm.retried(send, self._passes)
+        return self._object(_Uploaded, answer, f"sending {path.name}").url
 
-    def _json(
+    def _told(
         self,
+        kind: type[Told],
         method: str,
         path: str,
         doing: str,
         again: Callable[[Exception], bool] | None = None,
         **request: Any,
-    ) -> Any:
-        return self._object(self._ask(method, path, doing, again or self._passes, **request), doing)
+    ) -> Told:
+        return self._object(kind, self._ask(method, path, doing, again or self._passes, **request), doing)
 
     def _ask(
         self, method: str, path: str, doing: str, again: Callable[[Exception], bool], **request: Any
@@ -241,12 +303,15 @@ class _BrowserStack:
                 lambda: self._client.request(method, path, **request).raise_for_status(), again
             )
 
-    def _object(self, answer: Any, doing: str) -> Any:
+    def _object(self, kind: type[Told], answer: Any, doing: str) -> Told:
         try:
-            return answer.json()
-        except ValueError:
+            return TypeAdapter(kind).validate_json(answer.content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "all of it"
             raise TargetError(
-                f"{doing}: BrowserStack's answer is not JSON; is there a proxy in between? try again"
+                f"{doing}: BrowserStack's answer is not as it documents it ({place}: {first['msg']}); is there a proxy "
+                "in between? try again, or update Gochu"
             ) from None
 
     def _refused(self, error: Exception) -> bool:
@@ -298,9 +363,9 @@ def _path(run: str) -> str:
     return f"app-automate/{framework}/v2/builds/{build}"
 
 
-def _offered(device: str, system: str, version: str) -> Offered:
-    id = f"{device}-{version}"
-    return Offered(id, f"{device}-{version}", (device, id), system.lower(), version)
+def _offered(listed: _Listed) -> Offered:
+    id = f"{listed.device}-{listed.os_version}"
+    return Offered(id, id, (listed.device, id), listed.os.lower(), listed.os_version)
 
 
 def _words(response: Any) -> str:

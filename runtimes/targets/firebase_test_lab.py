@@ -203,7 +203,7 @@ class _TestLab:
 
     def outcomes(self, run: str, logs: Logs) -> Iterator[Outcome]:
         matrix = self._matrix(run)
-        if matrix["state"] == "INVALID":
+        if matrix.get("state") == "INVALID":
             reason = matrix.get("invalidMatrixDetails", "DETAILS_UNAVAILABLE")
             raise TargetError(f"Test Lab refuses matrix {run} ({reason}); {_advice_on(reason)}")
         bucket, folder = _bucket_and_path(matrix["resultStorage"]["googleCloudStorage"]["gcsPath"])
@@ -322,10 +322,11 @@ def _bucket_and_path(gcs: str) -> tuple[str, str]:
 
 def _failure(execution: dict[str, Any]) -> str:
     """Why a phone's test did not end well, in Test Lab's words."""
-    if execution["state"] == "FINISHED":
+    state = execution.get("state", "PENDING")
+    if state == "FINISHED":
         return ""
     said = execution.get("testDetails", {}).get("errorMessage") or "no reason given"
-    return f"{execution['state']}: {said}"
+    return f"{state}: {said}"
 
 
 def _advice_on(reason: str) -> str:

@@ -238,7 +238,18 @@ def test_the_access_key_is_shown_to_nobody_else(farm, measure, serve, make_reply
             422,
             r"sending app\.apk failed \(status 422: Malformed",
         ),
-        ("GET devices.json", "<html>proxy</html>", 200, "listing devices: BrowserStack's answer is not JSON"),
+        (
+            "GET devices.json",
+            [{"os": "android"}],
+            200,
+            r"not as it documents it \(0\.device: Field required\)",
+        ),
+        (
+            "GET devices.json",
+            "<html>proxy</html>",
+            200,
+            "listing devices: BrowserStack's answer is not as it documents it .all of it: Invalid JSON",
+        ),
     ],
 )
 def test_what_browserstack_refuses_is_one_sentence(
