@@ -180,7 +180,12 @@ class _DeviceFarm:
         self._ask("stop_run", arn=run)
 
     def outcomes(self, run: str, logs: Logs) -> Iterator[Outcome]:
-        for job in self._all("list_jobs", "jobs", arn=run):
+        jobs = self._all("list_jobs", "jobs", arn=run)
+        if not jobs:
+            ended = self._ask("get_run", arn=run)["run"]
+            why = ended.get("message") or ended.get("resultCode") or ended.get("result", "no reason given")
+            raise TargetError(f"Device Farm ended run {run} before it had a device ({why}); see its web page")
+        for job in jobs:
             device = farm_devices.known(_offered(job["device"]))
             texts, lost = [], []
             for kind in ("LOG", "FILE"):

@@ -39,6 +39,7 @@ _SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 _LONGEST = (
     45.0  # minutes of a test on a phone (firebase.google.com/docs/test-lab/android/instrumentation-test)
 )
+_PART = 32 << 20  # bytes of a large file that are sent, and if need be again, at a time
 _RUNNING = ("TEST_STATE_UNSPECIFIED", "VALIDATING", "PENDING", "RUNNING")
 _TEXTS = (".txt", ".xml", ".results", "logcat")
 
@@ -95,7 +96,10 @@ def measure(
 
 
 class _TestLab:
-    """Test Lab and Cloud Storage, asked through Google's clients, which repeat no request: `farm.retried` does."""
+    """Test Lab and Cloud Storage, asked through Google's clients.
+
+    Requests are repeated by `farm.retried`; a file's upload by the client, part by part.
+    """
 
     def __init__(self, app: Path | None, tests: Path | None, bucket: str | None, project: str | None) -> None:
         discovery: Any = require("googleapiclient.discovery", _EXTRA)
@@ -104,7 +108,8 @@ class _TestLab:
         self._http_error: Any = require("googleapiclient.errors", _EXTRA).HttpError
         self._auth_error: Any = require("google.auth.exceptions", _EXTRA).GoogleAuthError
         self._transport_error: Any = require("google.auth.exceptions", _EXTRA).TransportError
-        self._storage_error: Any = require("google.api_core.exceptions", _EXTRA).GoogleAPICallError
+        core: Any = require("google.api_core.exceptions", _EXTRA)
+        self._storage_error, self._gave_up = core.GoogleAPICallError, core.RetryError
         self._lost = (
             OSError,  # requests' and urllib3's errors are such, and a timeout
             HTTPException,
@@ -240,11 +245,11 @@ class _TestLab:
     def _send(self, path: Path, errand: Errand) -> str:
         """Where in the bucket a file lies; it is sent unless it is there already."""
         name = f"gochu/files/{file_sha256(path)}/{path.name}"
-        blob = self._bucket.blob(name)
+        blob = self._bucket.blob(name, chunk_size=_PART)
         with self._step(f"sending {path.name}"):
             if not farm.retried(lambda: blob.exists(retry=None), self._passes):
                 errand.progress(f"sending {path.name} ({path.stat().st_size / 1e6:.0f} MB)")
-                farm.retried(lambda: blob.upload_from_filename(str(path), retry=None), self._passes)
+                blob.upload_from_filename(str(path))  # tries a part again by itself
         return self._gcs(name)
 
     def _send_text(self, text: str) -> str:
@@ -279,6 +284,9 @@ class _TestLab:
         except self._storage_error as error:
             said, status = self._said(error.message), int(error.code or 0)
             raise TargetError(f"{doing} failed (status {status}: {said}); {_advice(status)}") from None
+        except self._gave_up as error:
+            said = self._said(str(error.cause or error))
+            raise TargetError(f"{doing} failed again and again ({said}); try again later") from None
         except self._auth_error as error:
             raise TargetError(
                 f"{doing} failed ({self._said(str(error))}); sign in with `gcloud auth application-default login`, or "

@@ -213,6 +213,7 @@ def test_the_same_bundle_gives_the_same_bytes(copy, tmp_path) -> None:
     assert first == second
     with zipfile.ZipFile(tmp_path / "1.zip") as archive:
         assert archive.testzip() is None
+        assert {each.date_time[0] for each in archive.infolist()} == {1980}
         assert archive.namelist()[-1] == "gochu/tokenizer.json"
         assert archive.read("gochu/job.json").decode() == "작업"
 

@@ -114,7 +114,7 @@ class DeviceFarm:
     def GetRun(self, asked: dict) -> dict:  # noqa: N802
         assert asked["arn"] == RUN
         status = self.status.pop(0) if len(self.status) > 1 else self.status[0]
-        return {"run": {"arn": RUN, "status": status}}
+        return {"run": {"arn": RUN, "status": status, "resultCode": "PARSING_FAILED"}}
 
     def StopRun(self, asked: dict) -> dict:  # noqa: N802
         self.status = ["COMPLETED"]
@@ -490,6 +490,12 @@ def test_a_fallback_can_be_allowed(farm, measure, printed) -> None:
     (found,) = measure(allow_fallback=True)
     assert found.marks == ("cpu_fallback", "throttled")
     assert "allow_fallback" in found.command
+
+
+def test_a_run_without_a_device_is_said(farm, measure) -> None:
+    farm.logs = {}
+    with pytest.raises(TargetError, match=r"ended run .* before it had a device \(PARSING_FAILED\)"):
+        measure()
 
 
 def test_a_log_without_measurements_is_said(farm, measure) -> None:

@@ -1,12 +1,14 @@
 """Firebase Test Lab, asked by Google's own clients; Test Lab, Cloud Storage and the token's issuer are a stand-in."""
 
+import base64
 import email.parser
 import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import pytest
 
@@ -16,6 +18,7 @@ from runtimes.measurement import Measurement
 
 pytest.importorskip("googleapiclient", reason="the client of Firebase Test Lab")
 pytest.importorskip("google.cloud.storage", reason="the client of Cloud Storage")
+google_crc32c = pytest.importorskip("google_crc32c", reason="checks what Cloud Storage was sent")
 rsa = pytest.importorskip(
     "cryptography.hazmat.primitives.asymmetric.rsa", reason="makes the key of a service account"
 )
@@ -55,6 +58,7 @@ class TestLab:
         self.faults: dict[str, list[Any]] = {}
         self.asked: list[tuple[str, Any]] = []
         self.objects: dict[str, bytes] = {}
+        self.parts: dict[str, bytes] = {}  # of files that are not all there yet
         self.states = ["VALIDATING", "PENDING", "RUNNING", "FINISHED"]
         self.why = ""  # of an INVALID matrix
         self.logs: dict[tuple[str, str], tuple[str, str]] = {}  # phone -> state, log
@@ -99,6 +103,13 @@ class TestLab:
         if short == "GET objects":
             there = [n for n in sorted(self.objects) if n.startswith(request.query["prefix"])]
             return ({"items": [{"name": n, "bucket": BUCKET} for n in there]},)
+        if short == "POST upload" and request.query["uploadType"] == "resumable":
+            name = json.loads(request.body)["name"]
+            self.parts[name] = b""
+            where = f"{self.url}/upload/storage/v1/b/{BUCKET}/o?uploadType=resumable&upload_id={quote(name)}"
+            return {}, 200, {"Location": where}
+        if short == "PUT upload":
+            return self.resume(request)
         if short == "POST upload":
             assert request.query["uploadType"] == "multipart"
             header = f"Content-Type: {request.headers['content-type']}\r\n\r\n".encode()
@@ -117,6 +128,16 @@ class TestLab:
             self.states = ["CANCELLED"]
             return ({"testState": "CANCELLED"},)
         return ({"error": {"code": 404, "message": f"no {short}"}}, 404)
+
+    def resume(self, request: Any) -> tuple[Any, ...]:
+        """A part of a file."""
+        name, total = request.query["upload_id"], int(request.headers["content-range"].rpartition("/")[2])
+        self.parts[name] += request.body
+        if len(self.parts[name]) < total:
+            return ("", 308, {"Range": f"bytes=0-{len(self.parts[name]) - 1}"})
+        self.objects[name] = self.parts.pop(name)
+        checksum = base64.b64encode(google_crc32c.Checksum(self.objects[name]).digest()).decode()
+        return ({"name": name, "bucket": BUCKET, "crc32c": checksum},)
 
     def start(self, request: Any) -> dict:
         """A request's id starts one matrix, however often it comes."""
@@ -251,6 +272,21 @@ def test_what_is_in_the_bucket_already_is_not_sent_again(farm, measure, toy) -> 
     measure()
     assert first == 7, "four files of the bundle, the job, the app, its test"
     assert farm.count("POST upload") == first + 1, "the job alone: it is a few bytes"
+
+
+def test_of_a_large_file_only_the_lost_part_is_sent_again(
+    farm, make_reply, measure, tmp_path, monkeypatch
+) -> None:
+    """From 8 MiB on, Google's client sends a file in parts."""
+    monkeypatch.setattr(firebase_test_lab, "_PART", 4 << 20)
+    app = tmp_path / "큰 앱.apk"
+    app.write_bytes(bytes(range(256)) * (9 << 12))
+    farm.faults = {"PUT upload": [make_reply(status=503)]}
+    measure(app=app)
+    (name,) = (name for name in farm.objects if name.endswith("큰 앱.apk"))
+    assert farm.objects[name] == app.read_bytes()
+    sizes = [len(request.body) >> 20 for what, request in farm.asked if what == "PUT upload"]
+    assert sizes == [4, 4, 4, 1]
 
 
 @pytest.mark.parametrize(
@@ -462,3 +498,17 @@ def test_a_missing_extra_is_one_line(farm, measure, monkeypatch) -> None:
         MissingExtra, match=r"^googleapiclient is not installed; .*pip install 'gochu\[firebase\]'`$"
     ):
         measure()
+
+
+def test_storage_that_fails_for_ever_is_given_up(farm, make_reply, measure, clock, monkeypatch) -> None:
+    """By Google's client itself, after two minutes of its own."""
+    theirs = SimpleNamespace(monotonic=clock.now, sleep=clock.sleep)
+    for module in ("retry_unary", "retry_base"):
+        monkeypatch.setattr(f"google.api_core.retry.{module}.time", theirs)
+    farm.faults = {"POST upload": [error(make_reply, 503, "UNAVAILABLE", "try later")] * 99}
+    with pytest.raises(
+        TargetError, match=r"sending manifest\.json failed again and again \(.*503.*\); try again later"
+    ):
+        measure()
+    assert 60 < clock.time < 180
+    assert farm.count("POST matrices") == 0
