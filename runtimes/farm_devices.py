@@ -9,7 +9,7 @@ from typing import Literal
 import profiles
 from profiles import lookup
 from profiles.lookup import normalized
-from profiles.model import Device
+from profiles.model import Chip, Device
 from runtimes.bundle import Variant
 from runtimes.errors import TargetError, UsageError
 
@@ -38,6 +38,11 @@ class Chosen:
     @property
     def name(self) -> str:
         return self.profile.name if self.profile else self.offered.label
+
+    @property
+    def id(self) -> str:
+        """A name that no other device has."""
+        return self.profile.id if self.profile else self.offered.label
 
 
 def names(listed: str | None) -> list[str]:
@@ -81,6 +86,12 @@ def known(offered: Offered) -> Chosen:
     """A device of the farm's, with the one profile that answers to its names."""
     found = (_find(name) for name in offered.names)
     return Chosen(offered, next((each for each in found if each and _same(each, offered)), None))
+
+
+def is_chip(name: str, chip: Chip) -> bool:
+    """Whether a phone, which may say what Android's ro.soc.model holds, means that chip."""
+    system = chip.ro_soc_model.names if chip.ro_soc_model else ()
+    return normalized(name) in map(normalized, (chip.id, chip.name, *system))
 
 
 def _choose(name: str, farm: Farm, offered: Sequence[Offered]) -> Chosen:

@@ -4,13 +4,13 @@ A farm's target says how its farm is asked (`Service`); here is in which order. 
 others fail; a run that fails, is late or is given up is cancelled, and its logs are kept all the same.
 """
 
+import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
 from runtimes import checksums, farm, farm_devices, measuring
@@ -35,6 +35,11 @@ class Outcome:
 class Service(Protocol):
     """How a farm is asked. All of these raise TargetError with one sentence if the farm refuses."""
 
+    @property
+    def secrets(self) -> Sequence[str | None]:
+        """What nobody may see; a token is known only once it was asked for."""
+        ...
+
     def offered(self) -> Sequence[Offered]: ...
     def start(self, errand: "Errand", devices: Sequence[Chosen]) -> str:
         """Send what is needed and start a run; its id."""
@@ -50,11 +55,16 @@ class Logs:
     """The folder in which a run's logs are kept, with each secret in them replaced."""
 
     folder: Path
+    run: str
     secrets: Sequence[str | None]
+    _kept: set[Path] = field(default_factory=set)
 
     def keep(self, device: str, name: str, data: bytes) -> str:
-        """Write a log into the device's folder; its text, if it is one."""
-        path = self.folder / _plain(device) / _plain(name)
+        """Write a log as RUN/DEVICE/NAME; its text, if it is one. Of several of that name, each is kept."""
+        first = self.folder / _plain(self.run.rpartition("/")[2]) / _plain(device) / _plain(name)
+        numbered = (first.with_stem(f"{first.stem} {number}") for number in itertools.count(2))
+        path = next(each for each in itertools.chain([first], numbered) if each not in self._kept)
+        self._kept.add(path)
         for secret in filter(None, self.secrets):
             data = data.replace(secret.encode(), b"[secret]")
         try:
@@ -68,9 +78,9 @@ class Logs:
 
 
 def _plain(name: str) -> str:
-    """A name that a farm gave, as one that leads nowhere else: its last part, without what no file system takes."""
+    """A name that a farm gave, as that of a file or folder, which leads nowhere else."""
     kept = "".join(letter if letter.isalnum() or letter in " ._-()" else "_" for letter in name)
-    return PurePosixPath(kept).name.lstrip(".") or "unnamed"
+    return kept.strip(" .") or "unnamed"
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,9 @@ class Errand:
     def subject(self) -> Subject:
         return measuring.subject(self.bundle, self.variant)
 
-    def command(self, measurement: Measurement, device: str) -> str:
+    def command(self, measurement: Measurement, device: Chosen) -> str:
         """How this is measured again on that device."""
+        alone = self.device and "," not in self.device
         default = farm.Limits()
         limits = {
             "max_minutes": (self.limits.minutes, default.minutes),
@@ -107,7 +118,7 @@ class Errand:
             measurement.answers,
             on=self.target,
             variant=self.variant.name,
-            device=self.device or device,
+            device=self.device if alone else device.id,
             **self.options,
             allow_fallback=self.allow_fallback or None,
             **{name: f"{value:g}" for name, (value, usual) in limits.items() if value != usual},
@@ -173,7 +184,7 @@ def _variant(bundle: Bundle, name: str | None) -> Variant:
     return variants[name]
 
 
-def carry_out(service: Service, errand: Errand, secrets: Sequence[str | None]) -> list[Measurement]:
+def carry_out(service: Service, errand: Errand) -> list[Measurement]:
     """Have a farm measure. TargetError if no device measured anything; if some did not, standard error says so."""
     run = errand.run or _start(service, errand)
     late = None
@@ -185,9 +196,10 @@ def carry_out(service: Service, errand: Errand, secrets: Sequence[str | None]) -
     except TargetError as error:  # what finished before that is kept
         late = error
     errand.progress(f"run {run}: collecting logs")
-    with _folder(errand.logs) as folder:
+    with tempfile.TemporaryDirectory() as scratch:
         try:
-            outcomes = list(service.outcomes(run, Logs(folder, secrets)))
+            logs = Logs(errand.logs or Path(scratch), run, service.secrets)
+            outcomes = list(service.outcomes(run, logs))
         except TargetError as error:
             raise (late or error) from None
     found, faults = [], [str(late)] if late else []
@@ -212,15 +224,6 @@ def _start(service: Service, errand: Errand) -> str:
     run = service.start(errand, devices)
     errand.progress(f"run {run} was started on {', '.join(each.offered.label for each in devices)}")
     return run
-
-
-@contextmanager
-def _folder(wanted: Path | None) -> Iterator[Path]:
-    if wanted is not None:
-        yield wanted
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
 
 
 def _measured(outcome: Outcome, run: str, errand: Errand) -> tuple[list[Measurement], list[str]]:
@@ -264,15 +267,13 @@ def _believed(line: Measurement, device: Chosen, run: str, errand: Errand) -> Me
             "another processor computed than the one asked for: allow that with --allow-fallback, or export for "
             "this chip"
         )
-    profile = device.profile
-    chip = line.where.chip or (profile.chip if profile else None)
-    if profile and chip != profile.chip:
+    said, profile = line.where.chip, device.profile
+    if said and profile and not farm_devices.is_chip(said, profile.soc):
         raise TargetError(
-            f"the app found the chip {chip}, and {profile.name} has {profile.chip}: name the device by its model code"
+            f"the app found the chip {said}, and {profile.name} has {profile.chip}: name the device by its model code"
         )
+    chip = profile.chip if profile else said
     where = line.where.model_copy(
         update={"target": errand.target, "run": run, "device": device.name, "chip": chip}
     )
-    return line.model_copy(
-        update={"what": subject, "where": where, "command": errand.command(line, device.name)}
-    )
+    return line.model_copy(update={"what": subject, "where": where, "command": errand.command(line, device)})

@@ -105,7 +105,7 @@ def measure(
         project=project,
     )
     service = _DeviceFarm(app, tests, runner, project)
-    return farm_run.carry_out(service, errand, service.secrets)
+    return farm_run.carry_out(service, errand)
 
 
 class _DeviceFarm:

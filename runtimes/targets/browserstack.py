@@ -95,7 +95,7 @@ def measure(
         fetches=fetches or None,
     )
     with _browserstack(app, tests, fetches) as service:
-        return farm_run.carry_out(service, errand, service.secrets)
+        return farm_run.carry_out(service, errand)
 
 
 @contextmanager

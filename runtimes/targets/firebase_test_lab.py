@@ -92,7 +92,7 @@ def measure(
         project=project,
     )
     service = _TestLab(app, tests, bucket, project)
-    return farm_run.carry_out(service, errand, service.secrets)
+    return farm_run.carry_out(service, errand)
 
 
 class _TestLab:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runtimes import farm, farm_devices, farm_package
+from runtimes import farm, farm_devices, farm_package, farm_run
 from runtimes.bundle import Bundle, Manifest
 from runtimes.errors import TargetError, UsageError
 from runtimes.farm_devices import Offered
@@ -249,3 +249,31 @@ def test_a_job_says_what_to_measure() -> None:
     assert text.isascii(), "it goes through shells and instrumentation options"
     assert json.loads(text)["workload"]["prompts"] == ["삼백이십은?"]
     assert farm_package.Job.model_validate_json(text).workload == asked
+
+
+# what comes back
+
+
+def test_logs_are_kept_by_run_and_device_each_one(tmp_path) -> None:
+    logs = farm_run.Logs(tmp_path, "arn:run:project/고추-1", ["secret"])
+    assert logs.keep("갤럭시 S24", "logcat.txt", b"one secret") == "one [secret]"
+    assert logs.keep("갤럭시 S24", "logcat.txt", b"\xfftwo") == "\N{REPLACEMENT CHARACTER}two"
+    assert logs.keep("../Pixel", "../../etc/passwd", b"three") == "three"
+    assert logs.keep("..", ".", b"four") == "four"
+    found = {
+        str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+    }
+    assert found == {
+        "고추-1/갤럭시 S24/logcat.txt": b"one [secret]",
+        "고추-1/갤럭시 S24/logcat 2.txt": b"\xfftwo",
+        "고추-1/_Pixel/_.._etc_passwd": b"three",
+        "고추-1/unnamed/unnamed": b"four",
+    }
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        UsageError, match=r"cannot be written: .*; give another folder with --option logs=DIR"
+    ):
+        farm_run.Logs(tmp_path / "file", "1", []).keep("Pixel", "log", b"")

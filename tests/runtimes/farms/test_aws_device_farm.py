@@ -382,7 +382,7 @@ def test_a_start_whose_answer_was_lost_is_not_repeated(farm, make_reply, measure
 
 def test_a_farm_that_fails_for_ever_is_given_up_and_the_run_cancelled(farm, make_reply, measure) -> None:
     farm.faults = {"GetRun": [error(make_reply, "InternalFailure", "try later", 500)] * 99}
-    farm.logs = {}
+    farm.logs = {S24: ("STOPPED", "")}
     with pytest.raises(TargetError, match=r"get_run failed \(InternalFailure: try later\); try again"):
         measure()
     assert farm.count("GetRun") == 5
@@ -436,6 +436,7 @@ def test_devices_that_finish_are_kept_when_one_fails(farm, measure, printed, cap
     farm.logs = {S24: ("PASSED", printed()), PIXEL: ("ERRORED", "")}
     (found,) = measure(device="Galaxy S24 Ultra, Pixel 9")
     assert found.where.device == "Galaxy S24 Ultra"
+    assert "--device galaxy-s24-ultra " in found.command, "of the device that is meant, not of all"
     assert farm.sent("ScheduleRun")["deviceSelectionConfiguration"]["maxDevices"] == 2
     said = capfd.readouterr().err
     assert said == f"gochu: Pixel 9 in run {RUN}: ERRORED: the device went away 기기가 사라짐\n"
@@ -483,6 +484,13 @@ def test_a_measurement_of_something_else_is_refused(farm, measure, printed, chan
     farm.logs = {S24: ("PASSED", printed(**changes))}
     with pytest.raises(TargetError, match=words):
         measure()
+
+
+@pytest.mark.parametrize("chip", ["SM8650", "sm8650", "Snapdragon 8 Gen 3"])
+def test_an_app_may_call_the_chip_as_the_system_does(farm, measure, printed, chip) -> None:
+    farm.logs = {S24: ("PASSED", printed(where={"chip": chip}))}
+    (found,) = measure()
+    assert found.where.chip == "sm8650"
 
 
 def test_a_fallback_can_be_allowed(farm, measure, printed) -> None:

@@ -512,3 +512,11 @@ def test_storage_that_fails_for_ever_is_given_up(farm, make_reply, measure, cloc
         measure()
     assert 60 < clock.time < 180
     assert farm.count("POST matrices") == 0
+
+
+def test_a_token_in_a_log_is_replaced(farm, measure, printed, tmp_path, nowhere) -> None:
+    farm.logs = {S24: ("FINISHED", printed() + f"Authorization: Bearer {TOKEN}\n")}
+    measure(logs=tmp_path / "logs")
+    nowhere([TOKEN])
+    (log,) = (tmp_path / "logs").rglob("logcat")
+    assert "Bearer [secret]" in log.read_text(encoding="utf-8")
