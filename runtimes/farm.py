@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from runtimes.errors import TargetError, UsageError
+from runtimes.errors import GochuError, TargetError, UsageError
 
 T = TypeVar("T")
 FIRST_WAIT, LONGEST_WAIT = 5.0, 60.0  # s between two questions
@@ -99,10 +99,11 @@ def cancelling(cancel: Callable[[], None], run: str) -> Iterator[None]:
         try:
             cancel()
         except Exception as error:  # the first error is what the user must see
-            print(
-                f"gochu: run {run} could not be cancelled ({type(error).__name__}): do it on the farm's web page",
-                file=sys.stderr,
-            )
+            why = str(error) if isinstance(error, GochuError) else type(error).__name__
+            said = f"could not be cancelled ({why}): do it on the farm's web page"
+        else:
+            said = "was cancelled"
+        print(f"gochu: run {run} {said}", file=sys.stderr)
         raise
 
 

@@ -299,15 +299,6 @@ def measurement(
     **options: object,
 ) -> Measurement:
     """A measurement of now. `options`: of the command that repeats it; those that are None were not given."""
-    given = {"workload": how.workload} | options
-    words = [
-        f"--{name} {shlex.quote(str(value))}"
-        if name in _FLAGS
-        else f"--option {shlex.quote(f'{name}={value}')}"
-        for name, value in given.items()
-        if value
-    ]
-    words += [f"--ask {shlex.quote(answer.prompt)}" for answer in answers]
     return Measurement(
         what=what,
         where=where,
@@ -317,9 +308,23 @@ def measurement(
         before=before,
         after=after,
         answers=tuple(answers),
-        command=" ".join(["gochu bench", shlex.quote(bundle.path.name), *words]),
+        command=command(bundle, how.workload, answers, **options),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def command(bundle: Bundle, workload: str, answers: Sequence[Answer], **options: object) -> str:
+    """The command that repeats a measurement; options that are None were not given."""
+    given = {"workload": workload} | options
+    words = [
+        f"--{name} {shlex.quote(str(value))}"
+        if name in _FLAGS
+        else f"--option {shlex.quote(f'{name}={value}')}"
+        for name, value in given.items()
+        if value
+    ]
+    words += [f"--ask {shlex.quote(answer.prompt)}" for answer in answers]
+    return " ".join(["gochu bench", shlex.quote(bundle.path.name), *words])
 
 
 def marks(samples: Samples) -> tuple[Mark, ...]:

@@ -25,7 +25,16 @@ from runtimes.errors import TargetError, UsageError
 from runtimes.measurement import Measurement
 from runtimes.workload import Workload
 
-BUILT_IN = ("host", "mac", "iphone", "qai-hub", "htp-simulator")
+BUILT_IN = (
+    "host",
+    "htp-simulator",
+    "mac",
+    "iphone",
+    "qai-hub",
+    "aws-device-farm",
+    "firebase-test-lab",
+    "browserstack",
+)
 GROUP = "gochu.targets"
 
 
