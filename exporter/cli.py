@@ -470,6 +470,7 @@ def bench(
         raise typer.BadParameter("draws a trace: give --trace with it", param_hint="--plot")
     from exporter import console
     from runtimes import measurement, targets
+    from runtimes.errors import SomeFailed
     from runtimes.workload import preset
 
     asked = preset(workload).model_copy(update={"prompts": tuple(ask or ())})
@@ -487,10 +488,16 @@ def bench(
         chosen = targets.choose(on, options)
         try:
             for target, known in chosen:
-                found = target.measure(bundle, asked, **known)
+                lost = None
+                try:
+                    found = target.measure(bundle, asked, **known)
+                except SomeFailed as error:
+                    found, lost = list(error.measured), error
                 measurements += found
                 if out is not None:
                     measurement.append(out, found)
+                if lost:
+                    raise lost
                 if any("interrupted" in each.marks for each in found):
                     raise KeyboardInterrupt
         except BaseException:

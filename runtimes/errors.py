@@ -9,9 +9,16 @@ GochuError (profiles/errors.py)
 ├── ResultsError            exit 3: a file of measurements that cannot be read or written
 ├── EngineError             exit 6: the engine failed while it loaded or ran the model
 └── TargetError             exit 6: the target could not measure (no such machine, no phone, a tool of its failed)
+    └── SomeFailed          exit 6: some devices measured, and others did not
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from profiles.errors import GochuError, MissingExtra, UsageError
+
+if TYPE_CHECKING:
+    from runtimes.measurement import Measurement
 
 __all__ = [
     "BundleError",
@@ -21,6 +28,7 @@ __all__ = [
     "MissingExtra",
     "PromptError",
     "ResultsError",
+    "SomeFailed",
     "TargetError",
     "TemplateError",
     "UnsafePath",
@@ -62,3 +70,11 @@ class TargetError(GochuError):
     """A target could not measure: it is not this machine, no phone answers, or a tool of its failed."""
 
     exit_code = 6
+
+
+class SomeFailed(TargetError):
+    """Of several devices that were asked, some did not measure. What the others did is in `measured`."""
+
+    def __init__(self, message: str, measured: "Sequence[Measurement]") -> None:
+        super().__init__(message)
+        self.measured = tuple(measured)

@@ -6,7 +6,6 @@ others fail; a run that fails, is late or is given up is cancelled, and its logs
 
 import itertools
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Protocol
 
 from runtimes import checksums, farm, farm_devices, measuring
 from runtimes.bundle import Bundle, Variant
-from runtimes.errors import TargetError, UsageError
+from runtimes.errors import SomeFailed, TargetError, UsageError
 from runtimes.farm_devices import Chosen, Offered
 from runtimes.farm_package import Job
 from runtimes.measurement import Measurement, Subject
@@ -185,7 +184,7 @@ def _variant(bundle: Bundle, name: str | None) -> Variant:
 
 
 def carry_out(service: Service, errand: Errand) -> list[Measurement]:
-    """Have a farm measure. TargetError if no device measured anything; if some did not, standard error says so."""
+    """Have a farm measure. TargetError if no device measured anything, SomeFailed if some did not."""
     run = errand.run or _start(service, errand)
     late = None
     try:
@@ -211,8 +210,8 @@ def carry_out(service: Service, errand: Errand) -> list[Measurement]:
         raise TargetError(
             "; ".join(faults) if faults else f"run {run} has no device: look at it on the farm's web page"
         )
-    for fault in faults:
-        print(f"gochu: {fault}", file=sys.stderr)
+    if faults:
+        raise SomeFailed("; ".join(faults), found)
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from runtimes import targets
 from runtimes.errors import TargetError, UsageError
-from runtimes.measurement import Backend, Measurement, Method, Place, Subject, sampled
+from runtimes.measurement import Backend, Measurement, Method, Place, Subject, read, sampled
 
 KETTLE = """
 from runtimes.measurement import Measurement, Method, Place, Subject, sampled
@@ -174,6 +174,20 @@ def test_what_one_target_measured_is_not_lost_when_the_next_one_fails(install, g
     assert [each["where"]["target"] for each in json.loads(out)] == ["kettle"]
     code, out, err = gochu("bench", toy, "--on", "cold,kettle", "--json")
     assert (code, out, err) == (6, "", "gochu: the kettle is cold: plug it in\n")
+
+
+def test_what_some_phones_measured_is_not_lost_when_another_fails(
+    install, gochu, toy: Path, tmp_path
+) -> None:
+    some = KETTLE.replace("import TargetError", "import SomeFailed, TargetError")
+    some = some.replace("return [Meas", "raise SomeFailed('the other kettle is cold', [Meas")
+    some = some.replace("    )]", "    )])")
+    install("teahouse", some)
+    out = tmp_path / "results.jsonl"
+    code, printed, err = gochu("bench", toy, "--on", "kettle,host", "--json", "--out", out)
+    assert (code, err) == (6, "gochu: the other kettle is cold\n")
+    assert [each["where"]["target"] for each in json.loads(printed)] == ["kettle"]
+    assert [each.where.target for each in read(out)] == ["kettle"]
 
 
 def test_looking_at_the_help_looks_for_no_entry_points() -> None:

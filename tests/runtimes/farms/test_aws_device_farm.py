@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from runtimes.bundle import file_sha256
-from runtimes.errors import MissingExtra, TargetError, UsageError
+from runtimes.errors import MissingExtra, SomeFailed, TargetError, UsageError
 from runtimes.measurement import Measurement, read
 
 boto3 = pytest.importorskip("boto3", reason="the client of AWS Device Farm")
@@ -432,14 +432,15 @@ def test_a_run_is_resumed_by_its_id(farm, measure) -> None:
     assert farm.count("ScheduleRun") == farm.count("ListDevices") == 0
 
 
-def test_devices_that_finish_are_kept_when_one_fails(farm, measure, printed, capfd) -> None:
+def test_devices_that_finish_are_kept_when_one_fails(farm, measure, printed) -> None:
     farm.logs = {S24: ("PASSED", printed()), PIXEL: ("ERRORED", "")}
-    (found,) = measure(device="Galaxy S24 Ultra, Pixel 9")
+    with pytest.raises(SomeFailed) as failed:
+        measure(device="Galaxy S24 Ultra, Pixel 9")
+    (found,) = failed.value.measured
     assert found.where.device == "Galaxy S24 Ultra"
     assert "--device galaxy-s24-ultra " in found.command, "of the device that is meant, not of all"
     assert farm.sent("ScheduleRun")["deviceSelectionConfiguration"]["maxDevices"] == 2
-    said = capfd.readouterr().err
-    assert said == f"gochu: Pixel 9 in run {RUN}: ERRORED: the device went away 기기가 사라짐\n"
+    assert str(failed.value) == f"Pixel 9 in run {RUN}: ERRORED: the device went away 기기가 사라짐"
 
 
 @pytest.mark.parametrize(
@@ -449,16 +450,13 @@ def test_devices_that_finish_are_kept_when_one_fails(farm, measure, printed, cap
         ("pp8,tg8", 60, 1, r"is damaged: its checksum is another"),
     ],
 )
-def test_a_cut_off_measurement_is_none(farm, measure, printed, capfd, workload, cut, kept, words) -> None:
+def test_a_cut_off_measurement_is_none(farm, measure, printed, workload, cut, kept, words) -> None:
     log = printed(workload)
     end = log.rindex("GOCHU-MEASUREMENT")
     farm.logs = {S24: ("PASSED", log[: end + cut])}
-    if kept:
-        assert len(measure(workload=workload)) == kept
-        assert re.search(words, capfd.readouterr().err)
-    else:
-        with pytest.raises(TargetError, match=words):
-            measure(workload=workload)
+    with pytest.raises(TargetError, match=words) as failed:
+        measure(workload=workload)
+    assert len(getattr(failed.value, "measured", ())) == kept
 
 
 def test_logs_that_cannot_be_had_are_said(farm, make_reply, measure) -> None:
@@ -514,10 +512,11 @@ def test_a_log_without_measurements_is_said(farm, measure) -> None:
         measure()
 
 
-def test_a_workload_that_was_measured_in_part_is_said(farm, measure, printed, capfd) -> None:
+def test_a_workload_that_was_measured_in_part_is_said(farm, measure, printed) -> None:
     farm.logs = {S24: ("PASSED", printed("pp8,tg8", cases=1))}
-    assert len(measure(workload="pp8,tg8")) == 1
-    assert "it measured 1 of the 2 cases of workload pp8,tg8" in capfd.readouterr().err
+    with pytest.raises(SomeFailed, match="it measured 1 of the 2 cases of workload pp8,tg8") as failed:
+        measure(workload="pp8,tg8")
+    assert len(failed.value.measured) == 1
 
 
 def test_another_workload_than_the_runs_is_refused(farm, measure, printed) -> None:

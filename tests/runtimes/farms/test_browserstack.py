@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from runtimes.bundle import file_sha256
-from runtimes.errors import MissingExtra, TargetError, UsageError
+from runtimes.errors import MissingExtra, SomeFailed, TargetError, UsageError
 from runtimes.measurement import Measurement
 
 httpx = pytest.importorskip("httpx", reason="the client of BrowserStack")
@@ -341,12 +341,14 @@ def test_what_is_no_id_of_a_build_is_said(farm, measure, run) -> None:
     assert farm.asked == []
 
 
-def test_devices_that_finish_are_kept_when_one_fails(farm, measure, printed, capfd) -> None:
+def test_devices_that_finish_are_kept_when_one_fails(farm, measure, printed) -> None:
     farm.status = ["failed"]
     farm.logs = {S24: ("passed", printed()), PIXEL: ("timedout", printed()[:-20])}
-    found = measure(device="Galaxy S24 Ultra, Pixel 9")
+    with pytest.raises(SomeFailed) as failed:
+        measure(device="Galaxy S24 Ultra, Pixel 9")
+    found = failed.value.measured
     assert [each.where.device for each in found] == ["Galaxy S24 Ultra", "Pixel 9"]
-    assert capfd.readouterr().err == f"gochu: Pixel 9 in run {RUN}: its session is timedout\n"
+    assert str(failed.value) == f"Pixel 9 in run {RUN}: its session is timedout"
     assert found[0].where.chip == "sm8650"
 
 

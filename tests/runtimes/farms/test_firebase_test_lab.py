@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 import pytest
 
 from runtimes.bundle import file_sha256
-from runtimes.errors import MissingExtra, TargetError, UsageError
+from runtimes.errors import MissingExtra, SomeFailed, TargetError, UsageError
 from runtimes.measurement import Measurement
 
 pytest.importorskip("googleapiclient", reason="the client of Firebase Test Lab")
@@ -438,13 +438,15 @@ def test_a_run_is_resumed_by_its_id(farm, measure) -> None:
     assert {what for what, _ in farm.asked if what.startswith("POST")} == {"POST token"}
 
 
-def test_phones_that_finish_are_kept_when_one_fails(farm, measure, printed, capfd) -> None:
+def test_phones_that_finish_are_kept_when_one_fails(farm, measure, printed) -> None:
     farm.logs = {S24: ("FINISHED", printed()), PIXEL: ("ERROR", "")}
-    (found,) = measure(device="Galaxy S24 Ultra,Pixel 9")
+    with pytest.raises(SomeFailed) as failed:
+        measure(device="Galaxy S24 Ultra,Pixel 9")
+    (found,) = failed.value.measured
     assert found.where.device == "Galaxy S24 Ultra"
     phones = farm.matrix["environmentMatrix"]["androidDeviceList"]["androidDevices"]
     assert [each["androidVersionId"] for each in phones] == ["34", "35"], "the newest system"
-    assert capfd.readouterr().err == f"gochu: Pixel 9 in run {MATRIX}: ERROR: 기기 없음: no such phone\n"
+    assert str(failed.value) == f"Pixel 9 in run {MATRIX}: ERROR: 기기 없음: no such phone"
 
 
 def test_a_phone_that_the_run_cannot_have_is_said(farm, measure) -> None:
