@@ -1,0 +1,369 @@
+"""Whether one run of a bundle is faster than another, or only luckier.
+
+Samples of a few repeats are no independent draws: they follow each other in time, whatever else the machine does slows
+several in a row, and a whole run may be slow from its first sample to its last. So three things are done:
+
+- A run is resampled before its samples are, and these in blocks: a bootstrap of two levels (Kalibera and Jones,
+  "Rigorous benchmarking in reasonable time", https://doi.org/10.1145/2464157.2464160) with circular blocks of the cube
+  root of the run's length (Künsch, https://doi.org/10.1214/aos/1176347265; Politis and Romano, 1992).
+- What others do on the machine only ever adds time. Beside the median stands the fastest tenth, which they move least
+  (Chen and Revels, "Robust benchmarking in noisy environments", https://arxiv.org/abs/1608.04295): on a machine with
+  nine times as many processes as cores, medians of two single runs differed by over a third in one pair of twenty,
+  their fastest tenths by 5 %. The fastest tenth decides, and from `ENOUGH_RUNS` runs on so does the median, which alone
+  sees a phone that throttles.
+- A small effect is none: where a program's memory comes to lie makes some per cent (Mytkowicz and others, "Producing
+  wrong data without doing anything obviously wrong", https://doi.org/10.1145/1508244.1508275); and from too few runs
+  one cannot know how far runs scatter, so that their interval is at least as wide as a floor (`_NOISE`).
+
+The floors are what runs of pepper's 4-bit bundle scattered by on a shared machine (`benchmarks/record_samples.py`).
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from runtimes.bundle import Strict
+from runtimes.errors import ResultsError, UsageError
+from runtimes.measurement import Figure, Kind, Measurement, quantile
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Verdict = Literal["no difference", "better", "worse", "undecided"]
+Statistic = Literal["median", "fastest tenth"]
+Obstacle = Literal["only in A", "only in B", "marked", "of two kinds"]
+
+ENOUGH_RUNS = 5  # on each side, for the scatter of runs to be seen in them
+ENOUGH_SAMPLES = 20  # on each side, for a fastest tenth
+LEVEL = 0.95  # of an interval; where two statistics decide, of both together
+_DRAWS = 1000
+_ROOM = 1 << 21  # numbers that are resampled at a time
+
+
+class _Noise(NamedTuple):
+    """Of a kind of figure, as logarithms of ratios. `least`: the smallest effect that is one; `few`: how far an
+    interval reaches at least to each side where there are too few runs."""
+
+    least: float
+    few: float
+
+
+_NOISE: dict[str, _Noise] = {
+    "time": _Noise(0.03, 0.05),
+    "memory": _Noise(0.01, 0.05),
+    "instructions": _Noise(0.005, 0.01),
+    "certain": _Noise(1e-9, 0.0),
+}
+_FEW_SAMPLES = (
+    0.8  # that floor for times of which there are too few samples: one load in twenty took twice as long
+)
+
+
+class Interval(Strict):
+    """How a statistic changed: after / before - 1, and between which changes it lies with certainty `LEVEL`."""
+
+    of: Statistic
+    before: float
+    after: float
+    change: float
+    low: float
+    high: float
+
+
+class Comparison(Strict):
+    """One figure of one case, before and after. `decided_by`: the interval from which the verdict is; `runs` and
+    `samples` of each side; `regression`: the whole interval is worse than the threshold allows."""
+
+    model: str
+    target: str
+    device: str
+    prompt_tokens: int
+    new_tokens: int
+    figure: str
+    unit: str
+    kind: Kind
+    verdict: Verdict
+    regression: bool
+    decided_by: Statistic
+    intervals: tuple[Interval, ...]
+    runs: tuple[int, int]
+    samples: tuple[int, int]
+
+    @property
+    def decisive(self) -> Interval:
+        """The interval from which the verdict is."""
+        return next(each for each in self.intervals if each.of == self.decided_by)
+
+
+class Skipped(Strict):
+    """What was not compared, and why; `what`: the case, the figure, the marks."""
+
+    why: Obstacle
+    what: str
+
+
+class Compared(Strict):
+    """All that two files say of each other. `differs`: what is not the same on both sides, and may be the reason."""
+
+    threshold: float
+    rows: tuple[Comparison, ...]
+    skipped: tuple[Skipped, ...] = ()
+    differs: tuple[tuple[str, str, str], ...] = ()
+
+    @property
+    def regressions(self) -> tuple[Comparison, ...]:
+        """The rows that are worse than the threshold allows."""
+        return tuple(row for row in self.rows if row.regression)
+
+
+class _Case(NamedTuple):
+    model: str
+    target: str
+    device: str
+    prompt_tokens: int
+    new_tokens: int
+    start: str
+    minutes: float
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.target}, {self.device}, {self.prompt_tokens} → {self.new_tokens}"
+
+
+_Detail = tuple[str, int | None, str]  # variant, threads, what was asked of several processors
+_Rows = dict[_Detail, list[Measurement]]
+
+
+def compare(
+    before: Iterable[Measurement], after: Iterable[Measurement], threshold: float = 0.05, seed: int = 0
+) -> Compared:
+    """Compare all that both files measured: the same model, target, device, lengths and start.
+
+    Where a case was measured in several variants, or with several numbers of threads, each is compared with its own.
+    Several measurements of a case are several runs of it. Marked ones are left out, and figures of different kinds are
+    not compared: `skipped` says so. `threshold`: the part by which a figure may become worse. The same `seed` gives
+    the same intervals. ResultsError if the files have no figure in common.
+    """
+    if not 0 <= threshold < math.inf:
+        raise UsageError(f"a threshold of {threshold:g} is none: give a share such as 5% or 0.05")
+    skipped: list[Skipped] = []
+    sides = [_by_case(side, name, skipped) for side, name in ((before, "A"), (after, "B"))]
+    rows: list[Comparison] = []
+    differs: dict[tuple[str, str, str], None] = {}
+    for case in dict.fromkeys((*sides[0], *sides[1])):
+        for old, new in _matched(case, sides[0].get(case, {}), sides[1].get(case, {}), skipped):
+            differs |= dict.fromkeys(_differences(old, new))
+            rows += _figures(case, old, new, threshold, seed, skipped)
+    if not rows:
+        why = "; ".join(dict.fromkeys(f"{each.what}: {each.why}" for each in skipped)) or "one is empty"
+        raise ResultsError(
+            f"the two files have no figure in common ({why}): measure the same workload on the same target into both"
+        )
+    return Compared(threshold=threshold, rows=tuple(rows), skipped=tuple(skipped), differs=tuple(differs))
+
+
+def _by_case(measurements: Iterable[Measurement], name: str, skipped: list[Skipped]) -> dict[_Case, _Rows]:
+    found: dict[_Case, _Rows] = {}
+    for m in measurements:
+        how, where = m.how, m.where
+        case = _Case(
+            m.what.model,
+            where.target,
+            where.device,
+            how.prompt_tokens,
+            how.new_tokens,
+            how.start,
+            how.sustained_minutes,
+        )
+        if m.marks:
+            skipped.append(Skipped(why="marked", what=f"{name}: {case} ({', '.join(m.marks)})"))
+            continue
+        detail = (m.what.variant, where.threads, where.backend.requested if where.backend else "")
+        found.setdefault(case, {}).setdefault(detail, []).append(m)
+    return found
+
+
+def _matched(
+    case: _Case, old: _Rows, new: _Rows, skipped: list[Skipped]
+) -> Iterator[tuple[list[Measurement], list[Measurement]]]:
+    """Runs that belong together; one variant on each side does, whatever the two are called."""
+    if len(old) == len(new) == 1:
+        yield next(iter(old.values())), next(iter(new.values()))
+        return
+    for detail in dict.fromkeys((*old, *new)):
+        if detail in old and detail in new:
+            yield old[detail], new[detail]
+        else:
+            why: Obstacle = "only in A" if detail in old else "only in B"
+            skipped.append(Skipped(why=why, what=f"{case}, {detail[0]}"))
+
+
+def _differences(old: Sequence[Measurement], new: Sequence[Measurement]) -> Iterator[tuple[str, str, str]]:
+    """What of the subject, the place and the method is not the same: (name, before, after)."""
+    for name, read in _CONDITIONS.items():
+        before, after = (sorted({str(read(m)) for m in side}) for side in (old, new))
+        if before != after:
+            yield name, ", ".join(before), ", ".join(after)
+
+
+_CONDITIONS = {
+    "bundle": lambda m: m.what.bundle[:12],
+    "variant": lambda m: m.what.variant,
+    "format": lambda m: m.what.format,
+    "scheme": lambda m: m.what.scheme,
+    "bytes": lambda m: m.what.bytes,
+    "engine": lambda m: m.where.engine,
+    "os": lambda m: m.where.os,
+    "threads": lambda m: m.where.threads,
+    "context": lambda m: m.how.context,
+    "repeats": lambda m: m.how.repeats,
+}
+
+
+def _figures(
+    case: _Case,
+    old: Sequence[Measurement],
+    new: Sequence[Measurement],
+    threshold: float,
+    seed: int,
+    skipped: list[Skipped],
+) -> Iterator[Comparison]:
+    for name in dict.fromkeys(figure.name for m in (*old, *new) for figure in m.figures):
+        sides = [[figure for m in side if (figure := m.figure(name)) is not None] for side in (old, new)]
+        kinds = {figure.kind for side in sides for figure in side}
+        if not all(sides):
+            skipped.append(Skipped(why="only in A" if sides[0] else "only in B", what=f"{case}, {name}"))
+        elif len(kinds) > 1:
+            skipped.append(Skipped(why="of two kinds", what=f"{case}, {name} ({', '.join(sorted(kinds))})"))
+        elif any(value <= 0 for side in sides for run in side for value in _samples(run)):
+            continue  # a ratio to nothing says nothing
+        else:
+            yield _compared(case, *sides, threshold, seed)
+
+
+def _samples(figure: Figure) -> tuple[float, ...]:
+    return figure.samples or (figure.value,)
+
+
+def higher_is_better(name: str) -> bool:
+    """Whether more of a figure is better: of speeds it is, of seconds, bytes, instructions and joules it is not."""
+    return name.endswith("_speed")
+
+
+def _noise(figure: Figure) -> str:
+    if figure.kind in ("predicted", "published"):
+        return "certain"  # the same formula gives the same number
+    name = figure.name
+    return (
+        "memory" if figure.unit == "bytes" else "instructions" if name.endswith("_instructions") else "time"
+    )
+
+
+def _compared(
+    case: _Case, old: Sequence[Figure], new: Sequence[Figure], threshold: float, seed: int
+) -> Comparison:
+    """The verdict, from runs of the same figure."""
+    one = old[0]
+    up = higher_is_better(one.name)
+    noise = _noise(one)
+    least, floor = _NOISE[noise]
+    runs = (len(old), len(new))
+    statistics: tuple[Statistic, ...] = ("median",)
+    few = min(runs) < ENOUGH_RUNS
+    scarce = (
+        noise == "time" and min(sum(len(_samples(f)) for f in side) for side in (old, new)) < ENOUGH_SAMPLES
+    )
+    if scarce:
+        floor = _FEW_SAMPLES if few else 0.0
+    elif noise == "time":
+        statistics = ("fastest tenth", "median")
+    deciding = statistics[:1] if few else statistics
+    level = 1 - (1 - LEVEL) / len(deciding)
+    quantiles = [0.5 if each == "median" else 0.9 if up else 0.1 for each in statistics]
+    values = [[_samples(figure) for figure in side] for side in (old, new)]
+    intervals: list[Interval] = []
+    told: dict[Statistic, Verdict] = {}
+    for statistic, q, (point, low, high) in zip(
+        statistics, quantiles, _intervals(values[0], values[1], quantiles, level, seed), strict=True
+    ):
+        if few:
+            low, high = min(low, point - floor), max(high, point + floor)
+        before, after = (quantile([x for run in side for x in run], q) for side in values)
+        change, least_change, most_change = (math.expm1(each) for each in (point, low, high))
+        intervals.append(
+            Interval(
+                of=statistic, before=before, after=after, change=change, low=least_change, high=most_change
+            )
+        )
+        if statistic in deciding and abs(point) >= least and (low > 0 or high < 0):
+            told[statistic] = "better" if (point > 0) == up else "worse"
+    decided_by = max(deciding, key=lambda each: (told.get(each) == "worse", told.get(each) == "better"))
+    verdict = told.get(decided_by, "undecided" if scarce and few else "no difference")
+    return Comparison(
+        model=case.model,
+        target=case.target,
+        device=case.device,
+        prompt_tokens=case.prompt_tokens,
+        new_tokens=case.new_tokens,
+        figure=one.name,
+        unit=one.unit,
+        kind=one.kind,
+        verdict=verdict,
+        regression=any(
+            (each.high < -threshold if up else each.low > threshold)
+            for each in intervals
+            if told.get(each.of) == "worse"
+        ),
+        decided_by=decided_by,
+        intervals=tuple(intervals),
+        runs=runs,
+        samples=(sum(map(len, values[0])), sum(map(len, values[1]))),
+    )
+
+
+def _intervals(
+    old: Sequence[Sequence[float]],
+    new: Sequence[Sequence[float]],
+    qs: Sequence[float],
+    level: float,
+    seed: int,
+) -> list[tuple[float, float, float]]:
+    """Of each quantile of all samples: the logarithm of its ratio, and the bounds of its interval."""
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    drawn = [np.log(_resampled(side, qs, random)) for side in (old, new)]
+    found = []
+    for q, each in zip(qs, drawn[1] - drawn[0], strict=True):
+        before, after = (quantile([x for run in side for x in run], q) for side in (old, new))
+        point = math.log(after / before)
+        low, high = np.quantile(each, [(1 - level) / 2, (1 + level) / 2])
+        found.append((point, min(float(low), point), max(float(high), point)))
+    return found
+
+
+def _resampled(
+    runs: Sequence[Sequence[float]], qs: Sequence[float], random: "np.random.Generator"
+) -> "np.ndarray":
+    """[quantile, draw]: of `_DRAWS` sets of samples like these: runs drawn with replacement, of each circular blocks."""
+    import numpy as np
+
+    count, longest = len(runs), max(map(len, runs))
+    lengths = np.array([len(run) for run in runs])
+    table = np.array([[*run, *[np.nan] * (longest - len(run))] for run in runs])
+    blocks = np.maximum(1, np.round(np.cbrt(lengths))).astype(int)
+    place = np.arange(longest)
+    found = []
+    step = max(1, _ROOM // (count * longest))
+    for first in range(0, _DRAWS, step):
+        drawn = random.integers(0, count, (min(step, _DRAWS - first), count))
+        length, block = lengths[drawn][..., None], blocks[drawn][..., None]
+        starts = random.integers(0, length, (*drawn.shape, -(-longest // int(blocks.min()))))
+        index = (np.take_along_axis(starts, place // block, axis=2) + place % block) % length
+        values = np.where(place < length, table[drawn[..., None], index], np.nan)
+        ordered = np.sort(values.reshape(len(drawn), -1), axis=1)  # what is no number comes last
+        last, row = lengths[drawn].sum(axis=1) - 1, np.arange(len(drawn))
+        at = np.multiply.outer(qs, last)
+        below = np.floor(at).astype(int)
+        low, high = ordered[row, below], ordered[row, np.minimum(below + 1, last)]
+        found.append(low + (at - below) * (high - low))
+    return np.concatenate(found, axis=1)
