@@ -13,7 +13,8 @@ several in a row, and a whole run may be slow from its first sample to its last.
   sees a phone that throttles.
 - A small effect is none: where a program's memory comes to lie makes some per cent (Mytkowicz and others, "Producing
   wrong data without doing anything obviously wrong", https://doi.org/10.1145/1508244.1508275); and from too few runs
-  one cannot know how far runs scatter, so that their interval is at least as wide as a floor (`_NOISE`).
+  one cannot know how far runs scatter, so that their interval is at least as wide as a floor (`_NOISE`). An interval
+  that reaches far to a side is "undecided": what was measured could not have shown a difference.
 
 The floors are what runs of pepper's 4-bit bundle scattered by on a shared machine (`benchmarks/record_samples.py`).
 """
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
 
 Verdict = Literal["no difference", "better", "worse", "undecided"]
 Statistic = Literal["median", "fastest tenth"]
-Obstacle = Literal["only in A", "only in B", "marked", "of two kinds"]
+Obstacle = Literal["only in A", "only in B", "marked", "of two kinds", "zero"]
 
 ENOUGH_RUNS = 5  # on each side, for the scatter of runs to be seen in them
 ENOUGH_SAMPLES = 20  # on each side, for a fastest tenth
+UNSURE = 0.25  # an interval that reaches further and holds no change is no "no difference"
 LEVEL = 0.95  # of an interval; where two statistics decide, of both together
 _DRAWS = 1000
 _ROOM = 1 << 21  # numbers that are resampled at a time
@@ -235,9 +237,9 @@ def _figures(
         elif len(kinds) > 1:
             skipped.append(Skipped(why="of two kinds", what=f"{case}, {name} ({', '.join(sorted(kinds))})"))
         elif any(value <= 0 for side in sides for run in side for value in _samples(run)):
-            continue  # a ratio to nothing says nothing
+            skipped.append(Skipped(why="zero", what=f"{case}, {name}"))  # a ratio to nothing says nothing
         else:
-            yield _compared(case, *sides, threshold, seed)
+            yield _compared(case, sides[0], sides[1], threshold, seed)
 
 
 def _samples(figure: Figure) -> tuple[float, ...]:
@@ -252,52 +254,40 @@ def higher_is_better(name: str) -> bool:
 def _noise(figure: Figure) -> str:
     if figure.kind in ("predicted", "published"):
         return "certain"  # the same formula gives the same number
-    name = figure.name
-    return (
-        "memory" if figure.unit == "bytes" else "instructions" if name.endswith("_instructions") else "time"
-    )
+    if figure.unit == "bytes":
+        return "memory"
+    return "instructions" if figure.name.endswith("_instructions") else "time"
 
 
 def _compared(
     case: _Case, old: Sequence[Figure], new: Sequence[Figure], threshold: float, seed: int
 ) -> Comparison:
     """The verdict, from runs of the same figure."""
-    one = old[0]
-    up = higher_is_better(one.name)
+    one, up = old[0], higher_is_better(old[0].name)
     noise = _noise(one)
     least, floor = _NOISE[noise]
-    runs = (len(old), len(new))
+    values = [[_samples(figure) for figure in side] for side in (old, new)]
+    samples = [sum(map(len, side)) for side in values]
+    few = min(len(old), len(new)) < ENOUGH_RUNS
+    scarce = noise == "time" and min(samples) < ENOUGH_SAMPLES
     statistics: tuple[Statistic, ...] = ("median",)
-    few = min(runs) < ENOUGH_RUNS
-    scarce = (
-        noise == "time" and min(sum(len(_samples(f)) for f in side) for side in (old, new)) < ENOUGH_SAMPLES
-    )
     if scarce:
-        floor = _FEW_SAMPLES if few else 0.0
+        floor = _FEW_SAMPLES
     elif noise == "time":
         statistics = ("fastest tenth", "median")
     deciding = statistics[:1] if few else statistics
-    level = 1 - (1 - LEVEL) / len(deciding)
-    quantiles = [0.5 if each == "median" else 0.9 if up else 0.1 for each in statistics]
-    values = [[_samples(figure) for figure in side] for side in (old, new)]
-    intervals: list[Interval] = []
-    told: dict[Statistic, Verdict] = {}
-    for statistic, q, (point, low, high) in zip(
-        statistics, quantiles, _intervals(values[0], values[1], quantiles, level, seed), strict=True
-    ):
-        if few:
-            low, high = min(low, point - floor), max(high, point + floor)
-        before, after = (quantile([x for run in side for x in run], q) for side in values)
-        change, least_change, most_change = (math.expm1(each) for each in (point, low, high))
-        intervals.append(
-            Interval(
-                of=statistic, before=before, after=after, change=change, low=least_change, high=most_change
-            )
-        )
-        if statistic in deciding and abs(point) >= least and (low > 0 or high < 0):
-            told[statistic] = "better" if (point > 0) == up else "worse"
+    intervals = _intervals(values[0], values[1], statistics, up, 1 - (1 - LEVEL) / len(deciding), seed)
+    if few:
+        intervals = [_widened(each, floor) for each in intervals]
+    told: dict[Statistic, Verdict] = {
+        each.of: "better" if (each.change > 0) == up else "worse"
+        for each in intervals
+        if each.of in deciding and abs(math.log1p(each.change)) >= least and (each.low > 0 or each.high < 0)
+    }
     decided_by = max(deciding, key=lambda each: (told.get(each) == "worse", told.get(each) == "better"))
-    verdict = told.get(decided_by, "undecided" if scarce and few else "no difference")
+    first = intervals[0]
+    unsure = max(-first.low, first.high) > UNSURE
+    verdict = told.get(decided_by, "undecided" if unsure else "no difference")
     return Comparison(
         model=case.model,
         target=case.target,
@@ -315,36 +305,54 @@ def _compared(
         ),
         decided_by=decided_by,
         intervals=tuple(intervals),
-        runs=runs,
-        samples=(sum(map(len, values[0])), sum(map(len, values[1]))),
+        runs=(len(old), len(new)),
+        samples=(samples[0], samples[1]),
     )
 
 
 def _intervals(
     old: Sequence[Sequence[float]],
     new: Sequence[Sequence[float]],
-    qs: Sequence[float],
+    statistics: Sequence[Statistic],
+    up: bool,
     level: float,
     seed: int,
-) -> list[tuple[float, float, float]]:
-    """Of each quantile of all samples: the logarithm of its ratio, and the bounds of its interval."""
+) -> list[Interval]:
+    """Of each statistic of all samples its change, and where that lies by the bootstrap."""
     import numpy as np
 
+    fast = 0.9 if up else 0.1
+    qs = [0.5 if statistic == "median" else fast for statistic in statistics]
     random = np.random.default_rng(seed)
-    drawn = [np.log(_resampled(side, qs, random)) for side in (old, new)]
+    drawn = [_resampled(side, qs, random) for side in (old, new)]
     found = []
-    for q, each in zip(qs, drawn[1] - drawn[0], strict=True):
+    for statistic, q, each in zip(statistics, qs, drawn[1] / drawn[0] - 1, strict=True):
         before, after = (quantile([x for run in side for x in run], q) for side in (old, new))
-        point = math.log(after / before)
         low, high = np.quantile(each, [(1 - level) / 2, (1 + level) / 2])
-        found.append((point, min(float(low), point), max(float(high), point)))
+        change = after / before - 1
+        found.append(
+            Interval(
+                of=statistic,
+                before=before,
+                after=after,
+                change=change,
+                low=min(float(low), change),
+                high=max(float(high), change),
+            )
+        )
     return found
+
+
+def _widened(one: Interval, floor: float) -> Interval:
+    """An interval that reaches at least so far, as the logarithm of a ratio, to each side."""
+    low, high = ((1 + one.change) * math.exp(sign * floor) - 1 for sign in (-1, 1))
+    return one.model_copy(update={"low": min(one.low, low), "high": max(one.high, high)})
 
 
 def _resampled(
     runs: Sequence[Sequence[float]], qs: Sequence[float], random: "np.random.Generator"
 ) -> "np.ndarray":
-    """[quantile, draw]: of `_DRAWS` sets of samples like these: runs drawn with replacement, of each circular blocks."""
+    """[quantile, draw] of `_DRAWS` sets of samples like these: runs with replacement, and circular blocks of each."""
     import numpy as np
 
     count, longest = len(runs), max(map(len, runs))
