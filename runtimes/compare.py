@@ -77,6 +77,7 @@ class Comparison(Strict):
     `samples` of each side; `regression`: the whole interval is worse than the threshold allows."""
 
     model: str
+    variant: str
     target: str
     device: str
     prompt_tokens: int
@@ -230,16 +231,22 @@ def _figures(
     skipped: list[Skipped],
 ) -> Iterator[Comparison]:
     for name in dict.fromkeys(figure.name for m in (*old, *new) for figure in m.figures):
-        sides = [[figure for m in side if (figure := m.figure(name)) is not None] for side in (old, new)]
-        kinds = {figure.kind for side in sides for figure in side}
-        if not all(sides):
-            skipped.append(Skipped(why="only in A" if sides[0] else "only in B", what=f"{case}, {name}"))
-        elif len(kinds) > 1:
-            skipped.append(Skipped(why="of two kinds", what=f"{case}, {name} ({', '.join(sorted(kinds))})"))
-        elif any(value <= 0 for side in sides for run in side for value in _samples(run)):
-            skipped.append(Skipped(why="zero", what=f"{case}, {name}"))  # a ratio to nothing says nothing
-        else:
-            yield _compared(case, sides[0], sides[1], threshold, seed)
+        by_kind: list[dict[Kind, list[Figure]]] = [{}, {}]
+        for found, side in zip(by_kind, (old, new), strict=True):
+            for figure in (figure for m in side if (figure := m.figure(name)) is not None):
+                found.setdefault(figure.kind, []).append(figure)
+        before, after = by_kind
+        both = [kind for kind in before if kind in after]
+        if not both:
+            kinds = f" ({', '.join(before)}; {', '.join(after)})" if before and after else ""
+            why: Obstacle = "of two kinds" if kinds else "only in A" if before else "only in B"
+            skipped.append(Skipped(why=why, what=f"{case}, {name}{kinds}"))
+        for kind in both:
+            sides = before[kind], after[kind]
+            if any(value <= 0 for side in sides for run in side for value in _samples(run)):
+                skipped.append(Skipped(why="zero", what=f"{case}, {name}"))  # a ratio to nothing says nothing
+            else:
+                yield _compared(case, new[0].what.variant, *sides, threshold, seed)
 
 
 def _samples(figure: Figure) -> tuple[float, ...]:
@@ -260,7 +267,7 @@ def _noise(figure: Figure) -> str:
 
 
 def _compared(
-    case: _Case, old: Sequence[Figure], new: Sequence[Figure], threshold: float, seed: int
+    case: _Case, variant: str, old: Sequence[Figure], new: Sequence[Figure], threshold: float, seed: int
 ) -> Comparison:
     """The verdict, from runs of the same figure."""
     one, up = old[0], higher_is_better(old[0].name)
@@ -272,7 +279,7 @@ def _compared(
     scarce = noise == "time" and min(samples) < ENOUGH_SAMPLES
     statistics: tuple[Statistic, ...] = ("median",)
     if scarce:
-        floor = _FEW_SAMPLES
+        floor = max(_apart(run) for side in values for run in side)
     elif noise == "time":
         statistics = ("fastest tenth", "median")
     deciding = statistics[:1] if few else statistics
@@ -290,6 +297,7 @@ def _compared(
     verdict = told.get(decided_by, "undecided" if unsure else "no difference")
     return Comparison(
         model=case.model,
+        variant=variant,
         target=case.target,
         device=case.device,
         prompt_tokens=case.prompt_tokens,
@@ -308,6 +316,11 @@ def _compared(
         runs=(len(old), len(new)),
         samples=(samples[0], samples[1]),
     )
+
+
+def _apart(run: Sequence[float]) -> float:
+    """How far a single run of few samples may be from the next one, as the logarithm of a ratio."""
+    return _SINGLE if len(run) < 4 else max(_SCARCE, math.log(max(run) / min(run)))
 
 
 def _intervals(

@@ -1,0 +1,97 @@
+"""Show a comparison: what became faster, slower, or neither, and how sure that is."""
+
+from typing import TYPE_CHECKING
+
+from runtimes.compare import ENOUGH_RUNS, LEVEL, Compared, Comparison
+from runtimes.measurement import Kind
+from runtimes.report import amount
+from runtimes.report_words import Words
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_STYLES = {"better": "green", "worse": "red", "no difference": "", "undecided": "yellow"}
+
+
+def phrase(row: Comparison, words: Words) -> str:
+    """The verdict in words: "slower by 9.1 %"."""
+    if row.verdict in ("no difference", "undecided"):
+        return words[row.verdict]
+    change = abs(row.decisive.change)
+    if row.unit == "bytes" or row.figure.endswith("_instructions") or row.unit == "J":
+        key = "less" if row.verdict == "better" else "more"
+    else:
+        key = "faster" if row.verdict == "better" else "slower"
+    return words(key, x=percent(change))
+
+
+def bounds(row: Comparison, words: Words) -> str:
+    """The interval of the change: "95 %: -10.2 % to -8.0 %"."""
+    one = row.decisive
+    return words(
+        "interval", level=percent(LEVEL), low=percent(one.low, sign=True), high=percent(one.high, sign=True)
+    )
+
+
+def percent(share: float, *, sign: bool = False) -> str:
+    """A share as a person reads it.
+
+    >>> percent(0.0912), percent(-0.5, sign=True), percent(0.95)
+    ('9.1 %', '-50 %', '95 %')
+    """
+    text = f"{100 * share:.2g}" if abs(share) < 0.1 else f"{100 * share:.0f}"
+    return f"{'+' if sign and share > 0 else ''}{text} %"
+
+
+def figure(name: str, kind: Kind, words: Words) -> str:
+    """A figure's name, with its kind if it is not measured."""
+    return words[name] if kind == "measured" else f"{words[name]} ({words[kind]})"
+
+
+def remarks(found: Compared, words: Words) -> list[str]:
+    """What else must be known: what differs, what was not compared, and where runs are too few."""
+    said = [words("differs", name=words[name], a=a, b=b) for name, a, b in found.differs]
+    said += [words("skipped", what=each.what, why=words[each.why]) for each in found.skipped]
+    if any(min(row.runs) < ENOUGH_RUNS for row in found.rows):
+        said.append(words("few runs", n=ENOUGH_RUNS))
+    return said
+
+
+def show(found: Compared, words: Words, console: "Console") -> None:
+    """Print a line for each figure, and the remarks."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    grid = Table()
+    for key in ("model", "in → out", "figure"):
+        grid.add_column(words[key])
+    for heading in ("A", "B"):
+        grid.add_column(heading, justify="right")
+    for key in ("verdict", "decided by", "samples"):
+        grid.add_column(words[key])
+    previous = ("", "")
+    for row in found.rows:
+        case = (
+            f"{row.model} {row.variant}, {row.target}, {row.device}",
+            f"{row.prompt_tokens} → {row.new_tokens}",
+        )
+        if case != previous and previous[0]:
+            grid.add_section()
+        shown, previous = ("", "") if case == previous else case, case
+        one, style = row.decisive, _STYLES[row.verdict]
+        verdict = f"{phrase(row, words)} ({bounds(row, words)})"
+        grid.add_row(
+            *map(escape, shown),
+            escape(figure(row.figure, row.kind, words)),
+            amount(one.before, row.unit),
+            amount(one.after, row.unit),
+            f"[{style}]{escape(verdict)}[/]" if style else escape(verdict),
+            words[row.decided_by],
+            " / ".join(
+                f"{samples} ({words.counted('run', runs)})"
+                for samples, runs in zip(row.samples, row.runs, strict=True)
+            ),
+        )
+    console.print(grid)
+    for said in remarks(found, words):
+        console.print(said, markup=False)
