@@ -56,9 +56,9 @@ _NOISE: dict[str, _Noise] = {
     "instructions": _Noise(0.005, 0.01),
     "certain": _Noise(1e-9, 0.0),
 }
-_FEW_SAMPLES = (
-    0.8  # that floor for times of which there are too few samples: one load in twenty took twice as long
-)
+# That floor for times where there are fewer than ENOUGH_SAMPLES: as far as the samples of a run lie apart, which of 5
+# samples missed the next run's in 1 to 4 % of pairs; and of fewer than 4, one load in twenty took twice as long.
+_SCARCE, _SINGLE = 0.1, 0.8
 
 
 class Interval(Strict):
