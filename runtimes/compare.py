@@ -59,6 +59,9 @@ _NOISE: dict[str, _Noise] = {
 # That floor for times where there are fewer than ENOUGH_SAMPLES: as far as the samples of a run lie apart, which of 5
 # samples missed the next run's in 1 to 4 % of pairs; and of fewer than 4, one load in twenty took twice as long.
 _SCARCE, _SINGLE = 0.1, 0.8
+_SHARE = (
+    0.25  # of what lies between a run's 10th and 90th percentiles: as far as its fastest tenth may be off
+)
 
 
 class Interval(Strict):
@@ -281,6 +284,7 @@ def _compared(
     if scarce:
         floor = max(_apart(run) for side in values for run in side)
     elif noise == "time":
+        floor = max(floor, *(_SHARE * _log_spread(run) for side in values for run in side))
         statistics = ("fastest tenth", "median")
     deciding = statistics[:1] if few else statistics
     intervals = _intervals(values[0], values[1], statistics, up, 1 - (1 - LEVEL) / len(deciding), seed)
@@ -321,6 +325,11 @@ def _compared(
 def _apart(run: Sequence[float]) -> float:
     """How far a single run of few samples may be from the next one, as the logarithm of a ratio."""
     return _SINGLE if len(run) < 4 else max(_SCARCE, math.log(max(run) / min(run)))
+
+
+def _log_spread(run: Sequence[float]) -> float:
+    """How far the middle four fifths of a run reach, as the logarithm of a ratio."""
+    return math.log(quantile(run, 0.9) / quantile(run, 0.1))
 
 
 def _intervals(

@@ -14,7 +14,7 @@ _STYLES = {"better": "green", "worse": "red", "no difference": "", "undecided": 
 
 
 def phrase(row: Comparison, words: Words) -> str:
-    """The verdict in words: "slower by 9.1 %"."""
+    """The verdict in words: "slower by 9.1%"."""
     if row.verdict in ("no difference", "undecided"):
         return words[row.verdict]
     change = abs(row.decisive.change)
@@ -26,7 +26,7 @@ def phrase(row: Comparison, words: Words) -> str:
 
 
 def bounds(row: Comparison, words: Words) -> str:
-    """The interval of the change: "95 %: -10.2 % to -8.0 %"."""
+    """The interval of the change: "95%: -10% to -8%"."""
     one = row.decisive
     return words(
         "interval", level=percent(LEVEL), low=percent(one.low, sign=True), high=percent(one.high, sign=True)
@@ -37,10 +37,10 @@ def percent(share: float, *, sign: bool = False) -> str:
     """A share as a person reads it.
 
     >>> percent(0.0912), percent(-0.5, sign=True), percent(0.95)
-    ('9.1 %', '-50 %', '95 %')
+    ('9.1%', '-50%', '95%')
     """
     text = f"{100 * share:.2g}" if abs(share) < 0.1 else f"{100 * share:.0f}"
-    return f"{'+' if sign and share > 0 else ''}{text} %"
+    return f"{'+' if sign and share > 0 else ''}{text}%"
 
 
 def figure(name: str, kind: Kind, words: Words) -> str:
@@ -67,7 +67,7 @@ def show(found: Compared, words: Words, console: "Console") -> None:
         grid.add_column(words[key])
     for heading in ("A", "B"):
         grid.add_column(heading, justify="right")
-    for key in ("verdict", "decided by", "samples"):
+    for key in ("verdict", "change", "decided by", "samples"):
         grid.add_column(words[key])
     previous = ("", "")
     for row in found.rows:
@@ -79,13 +79,14 @@ def show(found: Compared, words: Words, console: "Console") -> None:
             grid.add_section()
         shown, previous = ("", "") if case == previous else case, case
         one, style = row.decisive, _STYLES[row.verdict]
-        verdict = f"{phrase(row, words)} ({bounds(row, words)})"
+        verdict = escape(phrase(row, words))
         grid.add_row(
             *map(escape, shown),
             escape(figure(row.figure, row.kind, words)),
             amount(one.before, row.unit),
             amount(one.after, row.unit),
-            f"[{style}]{escape(verdict)}[/]" if style else escape(verdict),
+            f"[{style}]{verdict}[/]" if style else verdict,
+            escape(bounds(row, words)),
             words[row.decided_by],
             " / ".join(
                 f"{samples} ({words.counted('run', runs)})"

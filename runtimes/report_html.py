@@ -128,12 +128,13 @@ def _cards(found: Sequence[Measurement], words: Words) -> Iterator[dict[str, Any
         }
 
 
-def _worth(m: Measurement) -> tuple[bool, bool, float]:
-    """What was measured, and whole, goes before what was not; then the fastest."""
+def _worth(m: Measurement) -> tuple[bool, bool, bool, float]:
+    """What was measured, and whole, goes before what was not, short before sustained; then the fastest."""
     speed = m.figure("decode_speed")
     return (
         all(each.kind == "measured" for each in m.figures),
         not m.marks,
+        not m.how.sustained_minutes,
         speed.value if speed else 0.0,
     )
 
@@ -257,7 +258,7 @@ def _predicted(found: Sequence[Measurement], words: Words) -> Iterator[Plot]:
     if not pairs:
         return
     axis = plots.row_axis(
-        [*(guess.value / real.value for guess, real in pairs.values()), 0.8, 1.25], percent, log=True
+        [*(guess.value / real.value for guess, real in pairs.values()), 0.8, 1.2], percent, log=False
     )
     groups: dict[str, list[Row]] = {}
     for (case, name), (guess, real) in pairs.items():
@@ -273,6 +274,7 @@ def _case(m: Measurement) -> str:
     return f"{m.where.device} · {m.how.prompt_tokens} → {m.how.new_tokens}"
 
 
+_FAR = 0.6  # changes beyond it are drawn at the edge
 _STYLES = {"better": "good", "worse": "bad", "no difference": "neutral", "undecided": "neutral"}
 
 
@@ -287,7 +289,7 @@ def _before_and_after(before: Results, after: Results, words: Words) -> Iterator
         return
     ends = [end for row in found.rows for end in (row.decisive.low, row.decisive.high, row.decisive.change)]
     axis = plots.row_axis(
-        [*(max(-0.9, min(2.0, end)) for end in ends), -0.1, 0.1],
+        [*(max(-_FAR, min(_FAR, end)) for end in ends), -0.1, 0.1],
         lambda share: percent(share, sign=True),
         log=False,
     )

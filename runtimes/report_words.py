@@ -111,7 +111,10 @@ _WORDS: dict[str, tuple[str, str]] = {
     "devices, counted": ("{n} devices", "기기 {n}대"),
     "device, counted": ("1 device", "기기 1대"),
     "at a glance": ("At a glance", "한눈에 보기"),
-    "glance": ("Of each, the case that decodes fastest.", "기기마다 디코딩이 가장 빠른 경우입니다."),
+    "glance": (
+        "Of each, the measured case that decodes fastest.",
+        "기기마다 측정한 것 중 디코딩이 가장 빠른 경우입니다.",
+    ),
     "decode and memory": ("Decode speed and peak memory", "디코딩 속도와 최대 메모리"),
     "decode and memory, how": (
         "Up and to the left is better. Hollow: not measured.",
@@ -129,8 +132,8 @@ _WORDS: dict[str, tuple[str, str]] = {
     ),
     "predicted and measured": ("Predicted and measured", "예측과 측정"),
     "predicted and measured, how": (
-        "Prediction as a share of the measurement; 100 % is right.",
-        "측정값에 대한 예측값의 비율이며 100 %면 정확합니다.",
+        "Prediction as a share of the measurement; 100% is right.",
+        "측정값에 대한 예측값의 비율이며 100%면 정확합니다.",
     ),
     "before and after": ("Before and after", "전과 후"),
     "before and after, how": (
@@ -161,10 +164,11 @@ _WORDS: dict[str, tuple[str, str]] = {
     "more": ("more by {x}", "{x} 늘어남"),
     "interval": ("{level}: {low} to {high}", "{level}: {low} ~ {high}"),
     "median": ("median", "중앙값"),
-    "fastest tenth": ("fastest tenth", "가장 빠른 10 %"),
+    "fastest tenth": ("fastest tenth", "가장 빠른 10%"),
     "samples": ("samples", "표본"),
     "runs, counted": ("{n} runs", "실행 {n}회"),
     "run, counted": ("1 run", "실행 1회"),
+    "change": ("change", "변화"),
     "decided by": ("by", "기준"),
     "differs": ("differs: {name}: {a} → {b}", "다른 점: {name}: {a} → {b}"),
     "skipped": ("not compared: {what}: {why}", "비교하지 않음: {what}: {why}"),
