@@ -59,9 +59,6 @@ _NOISE: dict[str, _Noise] = {
 # That floor for times where there are fewer than ENOUGH_SAMPLES: as far as the samples of a run lie apart, which of 5
 # samples missed the next run's in 1 to 4 % of pairs; and of fewer than 4, one load in twenty took twice as long.
 _SCARCE, _SINGLE = 0.1, 0.8
-_SHARE = (
-    0.25  # of what lies between a run's 10th and 90th percentiles: as far as its fastest tenth may be off
-)
 
 
 class Interval(Strict):
@@ -284,7 +281,7 @@ def _compared(
     if scarce:
         floor = max(_apart(run) for side in values for run in side)
     elif noise == "time":
-        floor = max(floor, *(_SHARE * _log_spread(run) for side in values for run in side))
+        floor = max(floor, *(_above(run, up) for side in values for run in side))
         statistics = ("fastest tenth", "median")
     deciding = statistics[:1] if few else statistics
     intervals = _intervals(values[0], values[1], statistics, up, 1 - (1 - LEVEL) / len(deciding), seed)
@@ -327,9 +324,11 @@ def _apart(run: Sequence[float]) -> float:
     return _SINGLE if len(run) < 4 else max(_SCARCE, math.log(max(run) / min(run)))
 
 
-def _log_spread(run: Sequence[float]) -> float:
-    """How far the middle four fifths of a run reach, as the logarithm of a ratio."""
-    return math.log(quantile(run, 0.9) / quantile(run, 0.1))
+def _above(run: Sequence[float], up: bool) -> float:
+    """How far the fastest sample of a run is from its fastest quarter, as the logarithm of a ratio: where that is far,
+    even the fastest were disturbed, and the next run's may be others."""
+    best, quarter = (max(run), quantile(run, 0.75)) if up else (quantile(run, 0.25), min(run))
+    return math.log(best / quarter)
 
 
 def _intervals(

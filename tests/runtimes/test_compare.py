@@ -81,12 +81,13 @@ def test_even_single_runs_say_nothing_wrong() -> None:
 
 def test_on_a_crowded_machine_it_is_not_claimed_that_nothing_changed() -> None:
     """Where samples scatter over a factor of ten, a tenth more is not seen, and the verdict says so."""
-    found = pairs(CROWDED, 6, number=25)
-    assert count(found, "undecided") > 0
-    for row in (row for pair in found for row in pair.rows):
-        assert row.verdict not in ("better", "worse")
-        wide = max(-row.intervals[0].low, row.intervals[0].high) > 0.25
-        assert row.verdict == ("undecided" if wide else "no difference")
+    rows = [row for pair in pairs(CROWDED, 6, number=25) for row in pair.rows]
+    verdicts = [row.verdict for row in rows]
+    assert verdicts.count("undecided") > len(rows) / 4
+    assert verdicts.count("better") + verdicts.count("worse") <= 0.05 * len(rows)
+    for row in rows:
+        if row.verdict == "no difference":
+            assert max(-row.intervals[0].low, row.intervals[0].high) <= 0.25
 
 
 def steady(value: float, runs: int = ENOUGH_RUNS, seed: int = 0, **changes: Any) -> list[Measurement]:
