@@ -67,7 +67,7 @@ def phone(device: str, workload: str = "standard") -> dict[str, Any]:
     return fields | {"command": f"gochu bench out --on {target} --device '{device}' --workload {workload}"}
 
 
-def case(device: str, prompt: int, factor: float = 1.0, **changes: Any) -> Measurement:
+def case(device: str, prompt: int, factor: float = 1.0, /, **changes: Any) -> Measurement:
     """One case on a phone; `factor`: how many times as slow."""
     speed = SPEEDS[device] / (1 + prompt / 6000) / factor
     prefill = 14 * speed / (1 + prompt / 4000)
