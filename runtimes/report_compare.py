@@ -26,11 +26,9 @@ def phrase(row: Comparison, words: Words) -> str:
 
 
 def bounds(row: Comparison, words: Words) -> str:
-    """The interval of the change: "95%: -10% to -8%"."""
+    """The interval of the change: "-10% to -8%"."""
     one = row.decisive
-    return words(
-        "interval", level=percent(LEVEL), low=percent(one.low, sign=True), high=percent(one.high, sign=True)
-    )
+    return words("interval", low=percent(one.low, sign=True), high=percent(one.high, sign=True))
 
 
 def percent(share: float, *, sign: bool = False) -> str:
@@ -63,36 +61,36 @@ def show(found: Compared, words: Words, console: "Console") -> None:
     from rich.table import Table
 
     grid = Table()
-    for key in ("model", "in → out", "figure"):
+    grid.add_column(words["model"], overflow="fold")
+    grid.add_column(words["figure"])
+    grid.add_column("A", justify="right", no_wrap=True)
+    grid.add_column("B", justify="right", no_wrap=True)
+    grid.add_column(words["verdict"], no_wrap=True)
+    grid.add_column(words("change, certain", level=percent(LEVEL)), no_wrap=True)
+    for key in ("decided by", "runs", "samples"):
         grid.add_column(words[key])
-    for heading in ("A", "B"):
-        grid.add_column(heading, justify="right")
-    for key in ("verdict", "change", "decided by", "samples"):
-        grid.add_column(words[key])
-    previous = ("", "")
+    cases: dict[str, list[Comparison]] = {}
     for row in found.rows:
-        case = (
-            f"{row.model} {row.variant}, {row.target}, {row.device}",
-            f"{row.prompt_tokens} → {row.new_tokens}",
-        )
-        if case != previous and previous[0]:
-            grid.add_section()
-        shown, previous = ("", "") if case == previous else case, case
-        one, style = row.decisive, _STYLES[row.verdict]
-        verdict = escape(phrase(row, words))
-        grid.add_row(
-            *map(escape, shown),
-            escape(figure(row.figure, row.kind, words)),
-            amount(one.before, row.unit),
-            amount(one.after, row.unit),
-            f"[{style}]{verdict}[/]" if style else verdict,
-            escape(bounds(row, words)),
-            words[row.decided_by],
-            " / ".join(
-                f"{samples} ({words.counted('run', runs)})"
-                for samples, runs in zip(row.samples, row.runs, strict=True)
-            ),
-        )
+        place = f"{row.target}, {row.device}"
+        case = f"{row.model} {row.variant}\n{place}\n{row.prompt_tokens} → {row.new_tokens}"
+        cases.setdefault(case, []).append(row)
+    for case, rows in cases.items():
+        lines = case.split("\n") if len(rows) >= 3 else [case]
+        for number, row in enumerate(rows):
+            one, style = row.decisive, _STYLES[row.verdict]
+            verdict = escape(phrase(row, words))
+            grid.add_row(
+                escape(lines[number]) if number < len(lines) else "",
+                escape(figure(row.figure, row.kind, words)),
+                amount(one.before, row.unit),
+                amount(one.after, row.unit),
+                f"[{style}]{verdict}[/]" if style else verdict,
+                bounds(row, words),
+                words[row.decided_by],
+                " / ".join(map(str, row.runs)),
+                " / ".join(map(str, row.samples)),
+            )
+        grid.add_section()
     console.print(grid)
     for said in remarks(found, words):
         console.print(said, markup=False)

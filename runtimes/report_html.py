@@ -304,7 +304,7 @@ def _before_and_after(before: Results, after: Results, words: Words) -> Iterator
                 figure(row.figure, row.kind, words),
                 phrase(row, words),
                 f"{amount(one.before, row.unit)} → {amount(one.after, row.unit)} ({words[row.decided_by]}); "
-                f"{bounds(row, words)}",
+                f"{percent(LEVEL)}: {bounds(row, words)}",
                 style,
                 plots.track(middle, one.low, one.high, axis, 0.0, style),
             )

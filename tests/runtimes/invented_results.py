@@ -24,7 +24,7 @@ CHIPS = {"Galaxy S24 Ultra": "sm8650", "갤럭시 S23": "sm8550", "iPhone 16 Pro
 def measurement(*figures: Figure, seed: int = 0, **changes: Any) -> Measurement:
     """A measurement with these figures; `changes`: fields of any of its parts, by name."""
     fields: dict[str, Any] = {
-        "model": "Qwen2.5-0.5B-Instruct",
+        "model": "Example-0.5B",
         "bundle": f"{seed:064x}",
         "variant": "cpu",
         "format": "onnx",

@@ -182,10 +182,10 @@ def test_what_is_not_compared_is_told() -> None:
     found = compare([*a, marked, elsewhere, guess, zero], [*b, ttft])
     assert [row.figure for row in found.rows] == ["decode_speed"]
     assert found.rows[0].runs == (5, 5), "the marked run is not among them"
-    where = "Qwen2.5-0.5B-Instruct, adb, Galaxy S24 Ultra, 64 → 128"
+    where = "Example-0.5B, adb, Galaxy S24 Ultra, 64 → 128"
     assert {(each.why, each.what) for each in found.skipped} == {
         ("marked", f"A: {where} (throttled)"),
-        ("only in A", "Qwen2.5-0.5B-Instruct, adb, 갤럭시 S23, 64 → 128, cpu"),
+        ("only in A", "Example-0.5B, adb, 갤럭시 S23, 64 → 128, cpu"),
         ("of two kinds", f"{where}, ttft (predicted; measured)"),
         ("only in A", f"{where}, energy"),
         ("zero", f"{where}, peak_memory"),
