@@ -7,11 +7,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import pytest
 from invented_results import measurement, speeds
 
 from runtimes import measurement as results
-from runtimes.compare import ENOUGH_RUNS, Compared, compare
+from runtimes.compare import ENOUGH_RUNS, Compared, _resampled, compare
 from runtimes.errors import ResultsError, UsageError
 from runtimes.measurement import Figure, Measurement, quantile, sampled
 from runtimes.report_compare import percent, phrase, remarks
@@ -131,10 +132,12 @@ def test_which_way_is_better(figure: str, unit: str, a: float, b: float, words: 
 
 def test_a_regression_is_one_only_when_its_whole_interval_is_beyond_the_threshold() -> None:
     a, b = steady(30), steady(30 / 1.08, seed=50)
-    assert only(compare(a, b, 0.05)).regression
-    row = only(compare(a, b, 0.08))
-    assert (row.verdict, row.regression) == ("worse", False), "slower, but not by more than is allowed"
-    assert not only(compare(b, a, 0.05)).regression, "faster is none"
+    one = only(compare(a, b)).decisive
+    assert one.low < one.change < one.high < -0.05
+    assert only(compare(a, b, -one.high - 0.001)).regression
+    row = only(compare(a, b, (-one.high - one.change) / 2))
+    assert (row.verdict, row.regression) == ("worse", False), "slower, but perhaps by no more than is allowed"
+    assert not only(compare(b, a)).regression, "faster is none"
 
 
 def test_a_phone_that_throttles_is_seen_in_the_median() -> None:
@@ -151,6 +154,19 @@ def test_runs_of_different_lengths_count_by_their_samples() -> None:
     a = [*steady(30), measurement(sampled("decode_speed", "tokens/s", speeds(30, 7, 9, 0.005)))]
     row = only(compare(a, steady(30, seed=50)))
     assert (row.verdict, row.samples, row.runs) == ("no difference", (107, 100), (6, 5))
+
+
+def test_a_short_run_weighs_as_much_as_it_has_samples() -> None:
+    drawn = _resampled([[1.0] * 2, [5.0] * 30], [0.5], np.random.default_rng(0))
+    assert set(drawn[0]) == {1.0, 5.0}, "1 only where the short run was drawn twice"
+    assert 0.2 < (drawn[0] == 1.0).mean() < 0.3
+
+
+def test_samples_are_drawn_in_blocks() -> None:
+    """Samples that alternate in pairs: blocks of three hold at least one of each, single draws need not."""
+    run = [1.0, 1.0, 9.0, 9.0] * 8
+    spread = np.ptp(_resampled([run], [0.25], np.random.default_rng(0)))
+    assert spread == 0, "a quarter is 1 in any set of blocks"
 
 
 def test_single_samples_are_undecided_unless_the_difference_is_huge() -> None:

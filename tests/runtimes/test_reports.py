@@ -286,7 +286,7 @@ def test_csv_has_a_row_for_each_figure() -> None:
 
 def test_markdown_keeps_its_table_whatever_names_hold() -> None:
     row = invented.case(
-        "갤럭시 S23", 64, device="a|b\n*c*", model=EVIL, command="echo `a` | tee", notes=("a|b",)
+        "갤럭시 S23", 64, device="a|b\n*c*", model=f"a|{EVIL}", command="echo `a` | tee", notes=("a|b",)
     )
     text = reports.render([reports.Results("a", [row, invented.emulated()])], "markdown")
     lines = text.splitlines()
