@@ -16,7 +16,8 @@ several in a row, and a whole run may be slow from its first sample to its last.
   one cannot know how far runs scatter, so that their interval is at least as wide as a floor (`_NOISE`). An interval
   that reaches far to a side is "undecided": what was measured could not have shown a difference.
 
-The floors are what runs of pepper's 4-bit bundle scattered by on a shared machine (`benchmarks/record_samples.py`).
+The floors of times are what runs of pepper's 4-bit bundle scattered by on a shared machine
+(`benchmarks/record_samples.py`); those of memory and of instructions are assumed: both hardly scatter.
 """
 
 import math
@@ -82,6 +83,7 @@ class Comparison(Strict):
     device: str
     prompt_tokens: int
     new_tokens: int
+    sustained_minutes: float
     figure: str
     unit: str
     kind: Kind
@@ -99,10 +101,13 @@ class Comparison(Strict):
 
 
 class Skipped(Strict):
-    """What was not compared, and why; `what`: the case, the figure, the marks."""
+    """What was not compared, and why. `figure`: its name, or nothing where it is the whole case; `words`: the marks of
+    a run, or the kinds of a figure."""
 
     why: Obstacle
-    what: str
+    case: str
+    figure: str = ""
+    words: tuple[str, ...] = ()
 
 
 class Compared(Strict):
@@ -129,7 +134,8 @@ class _Case(NamedTuple):
     minutes: float
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.target}, {self.device}, {self.prompt_tokens} → {self.new_tokens}"
+        text = f"{self.model}, {self.target}, {self.device}, {self.prompt_tokens} → {self.new_tokens}"
+        return f"{text}, {self.minutes:g} min" if self.minutes else text
 
 
 _Detail = tuple[str, int | None, str]  # variant, threads, what was asked of several processors
@@ -157,7 +163,8 @@ def compare(
             differs |= dict.fromkeys(_differences(old, new))
             rows += _figures(case, old, new, threshold, seed, skipped)
     if not rows:
-        why = "; ".join(dict.fromkeys(f"{each.what}: {each.why}" for each in skipped)) or "one is empty"
+        reasons = (f"{', '.join(filter(None, (each.case, each.figure)))}: {each.why}" for each in skipped)
+        why = "; ".join(dict.fromkeys(reasons)) or "one is empty"
         raise ResultsError(
             f"the two files have no figure in common ({why}): measure the same workload on the same target into both"
         )
@@ -178,7 +185,7 @@ def _by_case(measurements: Iterable[Measurement], name: str, skipped: list[Skipp
             how.sustained_minutes,
         )
         if m.marks:
-            skipped.append(Skipped(why="marked", what=f"{name}: {case} ({', '.join(m.marks)})"))
+            skipped.append(Skipped(why="marked", case=f"{name}: {case}", words=m.marks))
             continue
         detail = (m.what.variant, where.threads, where.backend.requested if where.backend else "")
         found.setdefault(case, {}).setdefault(detail, []).append(m)
@@ -197,7 +204,7 @@ def _matched(
             yield old[detail], new[detail]
         else:
             why: Obstacle = "only in A" if detail in old else "only in B"
-            skipped.append(Skipped(why=why, what=f"{case}, {detail[0]}"))
+            skipped.append(Skipped(why=why, case=f"{case}, {detail[0]}"))
 
 
 def _differences(old: Sequence[Measurement], new: Sequence[Measurement]) -> Iterator[tuple[str, str, str]]:
@@ -238,13 +245,13 @@ def _figures(
         before, after = by_kind
         both = [kind for kind in before if kind in after]
         if not both:
-            kinds = f" ({', '.join(before)}; {', '.join(after)})" if before and after else ""
-            why: Obstacle = "of two kinds" if kinds else "only in A" if before else "only in B"
-            skipped.append(Skipped(why=why, what=f"{case}, {name}{kinds}"))
+            why: Obstacle = "of two kinds" if before and after else "only in A" if before else "only in B"
+            kinds = (*before, *after) if before and after else ()
+            skipped.append(Skipped(why=why, case=str(case), figure=name, words=kinds))
         for kind in both:
             sides = before[kind], after[kind]
             if any(value <= 0 for side in sides for run in side for value in _samples(run)):
-                skipped.append(Skipped(why="zero", what=f"{case}, {name}"))  # a ratio to nothing says nothing
+                skipped.append(Skipped(why="zero", case=str(case), figure=name))  # a ratio to nothing
             else:
                 yield _compared(case, new[0].what.variant, *sides, threshold, seed)
 
@@ -303,6 +310,7 @@ def _compared(
         device=case.device,
         prompt_tokens=case.prompt_tokens,
         new_tokens=case.new_tokens,
+        sustained_minutes=case.minutes,
         figure=one.name,
         unit=one.unit,
         kind=one.kind,

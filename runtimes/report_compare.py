@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from runtimes.compare import ENOUGH_RUNS, LEVEL, Compared, Comparison
+from runtimes.compare import ENOUGH_RUNS, LEVEL, Compared, Comparison, Skipped
 from runtimes.measurement import Kind
 from runtimes.report import amount
 from runtimes.report_words import Words
@@ -49,10 +49,23 @@ def figure(name: str, kind: Kind, words: Words) -> str:
 def remarks(found: Compared, words: Words) -> list[str]:
     """What else must be known: what differs, what was not compared, and where runs are too few."""
     said = [words("differs", name=words[name], a=a, b=b) for name, a, b in found.differs]
-    said += [words("skipped", what=each.what, why=words[each.why]) for each in found.skipped]
+    said += dict.fromkeys(_skipped(each, words) for each in found.skipped)
     if any(min(row.runs) < ENOUGH_RUNS for row in found.rows):
         said.append(words("few runs", n=ENOUGH_RUNS))
     return said
+
+
+def _skipped(one: Skipped, words: Words) -> str:
+    """What was not compared, and why."""
+    what = f"{one.case}, {words[one.figure]}" if one.figure else one.case
+    details = f" ({', '.join(words[each] for each in one.words)})" if one.words else ""
+    return words("skipped", what=f"{what}{details}", why=words[one.why])
+
+
+def lengths(row: Comparison, words: Words) -> str:
+    """Tokens in and out, and the minutes of a sustained run."""
+    minutes = f", {row.sustained_minutes:g} {words['minutes']}" if row.sustained_minutes else ""
+    return f"{row.prompt_tokens} → {row.new_tokens}{minutes}"
 
 
 def show(found: Compared, words: Words, console: "Console") -> None:
@@ -72,7 +85,7 @@ def show(found: Compared, words: Words, console: "Console") -> None:
     cases: dict[str, list[Comparison]] = {}
     for row in found.rows:
         place = f"{row.target}, {row.device}"
-        case = f"{row.model} {row.variant}\n{place}\n{row.prompt_tokens} → {row.new_tokens}"
+        case = f"{row.model} {row.variant}\n{place}\n{lengths(row, words)}"
         cases.setdefault(case, []).append(row)
     for case, rows in cases.items():
         lines = case.split("\n") if len(rows) >= 3 else [case]

@@ -15,7 +15,7 @@ from runtimes.compare import LEVEL, compare
 from runtimes.errors import ResultsError
 from runtimes.measurement import Condition, Figure, Measurement
 from runtimes.report import ALWAYS, SOMETIMES, amount, cell, processors
-from runtimes.report_compare import bounds, figure, percent, phrase, remarks
+from runtimes.report_compare import bounds, figure, lengths, percent, phrase, remarks
 from runtimes.report_words import Words
 from runtimes.reports import Results, everything
 
@@ -284,8 +284,8 @@ def _before_and_after(before: Results, after: Results, words: Words) -> Iterator
     how = words(f"{key}, how", a=before.name, b=after.name, level=percent(LEVEL))
     try:
         found = compare(before.measurements, after.measurements)
-    except ResultsError as error:
-        yield Plot(words[key], how, Markup(""), remarks=[str(error)])
+    except ResultsError:
+        yield Plot(words[key], words["nothing in common"], Markup(""), groups={})
         return
     ends = [end for row in found.rows for end in (row.decisive.low, row.decisive.high, row.decisive.change)]
     axis = plots.row_axis(
@@ -297,9 +297,7 @@ def _before_and_after(before: Results, after: Results, words: Words) -> Iterator
     for row in found.rows:
         one, style = row.decisive, _STYLES[row.verdict]
         middle = max(axis.low, min(axis.high, one.change))
-        groups.setdefault(
-            f"{row.model} {row.variant} · {row.device} · {row.prompt_tokens} → {row.new_tokens}", []
-        ).append(
+        groups.setdefault(f"{row.model} {row.variant} · {row.device} · {lengths(row, words)}", []).append(
             Row(
                 figure(row.figure, row.kind, words),
                 phrase(row, words),

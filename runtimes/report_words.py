@@ -140,6 +140,10 @@ _WORDS: dict[str, tuple[str, str]] = {
         "Change from {a} to {b}, with its {level} interval. Grey: no difference that is more than noise.",
         "{a}에서 {b}로의 변화와 {level} 구간입니다. 회색은 잡음보다 큰 차이가 없음을 뜻합니다.",
     ),
+    "nothing in common": (
+        "The two files have no figure in common: nothing was measured in both.",
+        "두 파일에 공통된 지표가 없습니다. 양쪽에서 모두 측정한 것이 없습니다.",
+    ),
     "all": ("All measurements", "모든 측정"),
     "all, how": (
         "Medians, ± half of what lies between the 5th and the 95th percentile. The command under a row repeats it.",

@@ -15,7 +15,7 @@ from runtimes import measurement as results
 from runtimes.compare import ENOUGH_RUNS, Compared, _resampled, compare
 from runtimes.errors import ResultsError, UsageError
 from runtimes.measurement import Figure, Measurement, quantile, sampled
-from runtimes.report_compare import percent, phrase, remarks
+from runtimes.report_compare import lengths, percent, phrase, remarks
 from runtimes.report_words import Words
 
 RECORDED = json.loads((Path(__file__).parent / "data/bench_samples.json").read_text(encoding="utf-8"))
@@ -199,15 +199,23 @@ def test_what_is_not_compared_is_told() -> None:
     assert [row.figure for row in found.rows] == ["decode_speed"]
     assert found.rows[0].runs == (5, 5), "the marked run is not among them"
     where = "Example-0.5B, adb, Galaxy S24 Ultra, 64 → 128"
-    assert {(each.why, each.what) for each in found.skipped} == {
-        ("marked", f"A: {where} (throttled)"),
-        ("only in A", "Example-0.5B, adb, 갤럭시 S23, 64 → 128, cpu"),
-        ("of two kinds", f"{where}, ttft (predicted; measured)"),
-        ("only in A", f"{where}, energy"),
-        ("zero", f"{where}, peak_memory"),
+    assert {tuple(each.model_dump().values()) for each in found.skipped} == {
+        ("marked", f"A: {where}", "", ("throttled",)),
+        ("only in A", "Example-0.5B, adb, 갤럭시 S23, 64 → 128, cpu", "", ()),
+        ("of two kinds", where, "ttft", ("predicted", "measured")),
+        ("only in A", where, "energy", ()),
+        ("zero", where, "peak_memory", ()),
     }
-    assert "not compared: A: " + where + " (throttled)" in remarks(found, Words("en"))[0]
-    assert remarks(found, Words("ko"))[0].startswith("비교하지 않음: A: ")
+    said = remarks(found, Words("en"))
+    assert f"not compared: A: {where} (throttled): a marked run is not like the others" in said
+    assert f"not compared: {where}, TTFT (predicted, measured): figures of different kinds" in said
+    assert f"비교하지 않음: {where}, TTFT (예측, 측정): 종류가 다른 지표" in remarks(found, Words("ko"))
+
+
+def test_minutes_are_a_case_of_their_own() -> None:
+    a, b = (steady(30, seed=s) + steady(20, seed=s, sustained_minutes=10) for s in (0, 50))
+    rows = compare(a, b).rows
+    assert [lengths(row, Words("en")) for row in rows] == ["64 → 128", "64 → 128, 10 minutes"]
 
 
 def test_what_differs_is_told() -> None:
