@@ -94,7 +94,9 @@ class Point:
 
 def scatter(points: Sequence[Point], x: Axis, y: Axis, title: str, *, joined: bool = False) -> Markup:
     """Points, and if they are joined, a line through the medians of each series."""
-    x.fit((p.x for p in points), zero=False)
+    across = [p.x for p in points]
+    room = () if joined else (0.9 * min(across), 1.1 * max(across))  # what is all but the same is drawn so
+    x.fit((*across, *room), zero=False)
     y.fit(value for p in points for value in (p.y, p.low, p.high) if value is not None)
     parts = [_frame(x, y)]
     if joined:

@@ -175,6 +175,16 @@ def test_plots_for_all_that_can_be_drawn(page: Page) -> None:
     assert not {"Decode speed and peak memory", "Predicted and measured", "Sustained decode speed"} & {*alone}
 
 
+def test_a_card_shows_the_middle_run_and_not_the_luckiest() -> None:
+    runs = [
+        invented.measurement(sampled("decode_speed", "tokens/s", [speed])) for speed in (20.0, 90.0, 30.0)
+    ]
+    runs.append(invented.measurement(sampled("decode_speed", "tokens/s", [200.0]), marks=("throttled",)))
+    runs.append(invented.predicted("Galaxy S24 Ultra"))
+    texts = Page(render(runs)).texts
+    assert texts[texts.index("At a glance") :][4] == "30.0 tokens/s"
+
+
 def test_up_is_faster_and_right_is_more_memory() -> None:
     small, large = (
         invented.measurement(
