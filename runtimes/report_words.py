@@ -138,7 +138,8 @@ _WORDS: dict[str, tuple[str, str]] = {
     "before and after": ("Before and after", "전과 후"),
     "before and after, how": (
         "Change from {a} to {b}, with its {level} interval. Grey: no more than noise, or too noisy to tell.",
-        "{a}에서 {b}로의 변화와 {level} 구간입니다. 회색은 잡음을 넘는 차이가 없거나 잡음이 커서 알 수 없음을 뜻합니다.",
+        "{a}에서 {b}로의 변화와 {level} 구간입니다. "
+        "회색은 잡음을 넘는 차이가 없거나 잡음이 커서 알 수 없음을 뜻합니다.",
     ),
     "nothing in common": (
         "The two files have no figure in common: nothing was measured in both.",
