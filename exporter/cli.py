@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from exporter import cli_report
 from exporter.errors import GochuError
 
 if TYPE_CHECKING:
@@ -646,6 +647,9 @@ def _recipe(name: str | None) -> "Recipe | None":
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+cli_report.register(app)
 
 
 def main() -> None:

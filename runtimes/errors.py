@@ -7,6 +7,7 @@ GochuError (profiles/errors.py)
 ├── PromptError             exit 3: the prompt cannot be used (empty, longer than the context)
 ├── TemplateError           exit 3: the chat template fails or asks for what the sandbox forbids
 ├── ResultsError            exit 3: a file of measurements that cannot be read or written
+├── Regressed               exit 4: a figure became worse than a comparison allows
 ├── EngineError             exit 6: the engine failed while it loaded or ran the model
 └── TargetError             exit 6: the target could not measure (no such machine, no phone, a tool of its failed)
     └── SomeFailed          exit 6: some devices measured, and others did not
@@ -27,6 +28,7 @@ __all__ = [
     "GochuError",
     "MissingExtra",
     "PromptError",
+    "Regressed",
     "ResultsError",
     "SomeFailed",
     "TargetError",
@@ -58,6 +60,12 @@ class TemplateError(GochuError):
 
 class ResultsError(GochuError):
     """A file of measurements cannot be read, written, or does not hold what it should."""
+
+
+class Regressed(GochuError):
+    """A figure became worse by more than the threshold of a comparison."""
+
+    exit_code = 4
 
 
 class EngineError(GochuError):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from runtimes.bundle import Strict
-from runtimes.measurement import Figure, Measurement, Place
+from runtimes.measurement import Backend, Figure, Measurement, Place
+from runtimes.report_words import ENGLISH, Words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,14 +15,14 @@ if TYPE_CHECKING:
     from runtimes.trace import Operator, Phase, Trace
 
 SMALL = 0.005  # operators with a smaller share of a phase are shown together
-_COLUMNS = {
-    "load_time": "load",
-    "ttft": "TTFT",
-    "prefill_speed": "prefill tok/s",
-    "decode_speed": "decode tok/s",
-    "peak_memory": "peak memory",
-    "peak_anonymous_memory": "of it anonymous",
-}
+ALWAYS = ("load_time", "ttft", "prefill_speed", "decode_speed", "peak_memory", "peak_anonymous_memory")
+SOMETIMES = (
+    "compile_time",
+    "prefill_instructions",
+    "decode_instructions",
+    "peak_accelerator_memory",
+    "energy",
+)
 
 
 def to_json(found: Sequence[Strict]) -> str:
@@ -29,33 +30,41 @@ def to_json(found: Sequence[Strict]) -> str:
     return json.dumps([each.model_dump(mode="json") for each in found], ensure_ascii=False, indent=2) + "\n"
 
 
-def table(measurements: Sequence[Measurement]) -> "Table":
+def table(measurements: Sequence[Measurement], words: Words = ENGLISH) -> "Table":
     """One line for each measurement, in the order given; medians, ± half of what lies between
     the 5th and 95th percentile."""
     from rich.markup import escape
     from rich.table import Table
 
     several = len({m.where.target for m in measurements}) > 1
-    grid = Table(title=escape(_title(measurements, several)), title_justify="left")
+    marked = any(m.marks for m in measurements)
+    grid = Table(title=escape(_title(measurements, several, words)), title_justify="left")
     if several:
-        grid.add_column("on")
-    grid.add_column("model")
-    grid.add_column("in → out", justify="right")
-    for heading in _COLUMNS.values():
-        grid.add_column(heading, justify="right")
+        grid.add_column(words["target"])
+    grid.add_column(words["model"])
+    grid.add_column(words["in → out"], justify="right")
+    names = [*ALWAYS, *(name for name in SOMETIMES if any(m.figure(name) for m in measurements))]
+    for name in names:
+        grid.add_column(words[f"column {name}"] if name in ALWAYS else words[name], justify="right")
+    if marked:
+        grid.add_column(words["marks"])
     for m in measurements:
         cells = [m.where.target] if several else []
         cells += [f"{m.what.model} {m.what.variant}", f"{m.how.prompt_tokens} → {m.how.new_tokens}"]
-        grid.add_row(*cells, *(_cell(m.figure(name)) for name in _COLUMNS))
+        cells += [cell(m.figure(name), words) for name in names]
+        cells += [", ".join(words[mark] for mark in m.marks)] if marked else []
+        grid.add_row(*map(escape, cells))
     return grid
 
 
-def show(measurements: Sequence[Measurement], console: "Console | None" = None) -> None:
+def show(
+    measurements: Sequence[Measurement], console: "Console | None" = None, words: Words = ENGLISH
+) -> None:
     """Print the table and the notes, on standard error unless another console is given."""
     from rich.console import Console
 
     console = console or Console(stderr=True)
-    console.print(table(measurements))
+    console.print(table(measurements, words))
     for m in measurements:
         for note in m.how.notes:
             console.print(
@@ -116,31 +125,40 @@ def _part(phase: "Phase", operators: "Sequence[Operator]") -> tuple[str, str]:
     return f"{calls:.4g}", amount(sum(each.total for each in operators) / phase.passes, "s")
 
 
-def _title(measurements: Sequence[Measurement], several: bool) -> str:
-    return "\n".join(dict.fromkeys(f"{m.where.target}: " * several + where(m.where) for m in measurements))
+def _title(measurements: Sequence[Measurement], several: bool, words: Words) -> str:
+    return "\n".join(
+        dict.fromkeys(f"{m.where.target}: " * several + where(m.where, words) for m in measurements)
+    )
 
 
-def where(place: Place) -> str:
+def where(place: Place, words: Words = ENGLISH) -> str:
     """A place in a line, and in a second one what was asked of several processors and what they got."""
     line = f"{place.device}, {place.os}, {place.engine}"
     if place.threads is not None:
-        line += f", {place.threads} thread{'s' if place.threads > 1 else ''}"
+        line += f", {words.counted('thread', place.threads)}"
     if place.backend is not None:
-        shares = [
-            f"{function}'s on " + ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-            for function, counts in place.backend.effective.items()
-        ]
-        line += f"\n  asked for {place.backend.requested}; operations: {'; '.join(shares) or 'unknown'}"
+        line += f"\n  {processors(place.backend, words)}"
     return line
 
 
-def _cell(figure: Figure | None) -> str:
+def processors(backend: Backend, words: Words) -> str:
+    """What was asked of several processors and what they got."""
+    shares = [
+        words("function's", function=function)
+        + ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+        for function, counts in backend.effective.items()
+    ]
+    return words("asked for", requested=backend.requested, effective="; ".join(shares) or words["unknown"])
+
+
+def cell(figure: Figure | None, words: Words = ENGLISH) -> str:
+    """A figure with its spread, and with its kind if it is not measured."""
     if figure is None:
         return "–"
     text = amount(figure.value, figure.unit)
-    if len(figure.samples) > 1 and figure.p5 is not None and figure.p95 is not None:
+    if len(figure.samples) > 1 and figure.p5 is not None and figure.p95 is not None and figure.value:
         text += f" ±{(figure.p95 - figure.p5) / 2 / figure.value:.0%}"
-    return text if figure.kind == "measured" else f"{text} {figure.kind}"
+    return text if figure.kind == "measured" else f"{text} {words[figure.kind]}"
 
 
 def amount(value: float, unit: str) -> str:
@@ -149,6 +167,8 @@ def amount(value: float, unit: str) -> str:
     >>> amount(0.01234, "s"), amount(1.5e-5, "s"), amount(123456789, "bytes"), amount(8.5, "tokens/s")
     ('12.3 ms', '15 µs', '123 MB', '8.50')
     """
+    if unit == "instructions":
+        return f"{value / 1e6:.3g} M" if value < 1e9 else f"{value / 1e9:.3g} G"
     if unit == "bytes":
         return f"{value / 1e6:.3g} MB" if value < 1e9 else f"{value / 1e9:.3g} GB"
     if unit == "s":

@@ -4,6 +4,7 @@ engine that says what a test tells it to."""
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 
 from runtimes.bundle import Bundle, Choice, Manifest
 from runtimes.errors import PromptError
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests share invented_results.py
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 300, 32, 2, 4, 2, 16, 96
 BOS, EOS, END_OF_TURN = 0, 1, 2

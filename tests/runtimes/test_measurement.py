@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from invented_results import case as invented
 
-from runtimes import cpu, memory, report
-from runtimes.errors import EngineError, UsageError
-from runtimes.measurement import Measurement, quantile, sampled
+from runtimes import cpu, measuring, memory, report
+from runtimes.errors import EngineError, ResultsError, UsageError
+from runtimes.measurement import Measurement, append, quantile, read, sampled
 from runtimes.targets import host
 from runtimes.workload import Case, Workload, preset, prompt_ids
 
@@ -187,3 +191,212 @@ def test_threads_are_for_fast_cores_only(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert cpu.default_threads() == 2
     monkeypatch.setattr(cpu, "_quota", lambda: 0.5)
     assert cpu.default_threads() == 1
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Two measurements of which one has Korean in it."""
+    path = tmp_path / "새 폴더/결과.jsonl"
+    append(path, [invented("갤럭시 S23", 64), invented("iPhone 16 Pro", 256)])
+    return path
+
+
+def test_results_are_read_as_they_were_added(file: Path) -> None:
+    append(file, [invented("Galaxy S24 Ultra", 1024)])
+    assert file.read_bytes().count(b"\n") == 3
+    assert read(file) == [
+        invented(*each) for each in (("갤럭시 S23", 64), ("iPhone 16 Pro", 256), ("Galaxy S24 Ultra", 1024))
+    ]
+    assert read(file)[0].where.device == "갤럭시 S23"
+
+
+@pytest.mark.parametrize("cut", [1, 40, 700])
+def test_a_last_line_that_was_cut_off_is_left_out_and_spoils_nothing(file: Path, cut: int) -> None:
+    """A cut in the middle of a Korean letter too."""
+    file.write_bytes(file.read_bytes()[: -1 - cut])
+    assert read(file) == [invented("갤럭시 S23", 64)]
+    append(file, [invented("갤럭시 S23", 256)])
+    assert read(file) == [invented("갤럭시 S23", 64), invented("갤럭시 S23", 256)]
+
+
+def test_a_last_line_without_its_end_is_whole(file: Path) -> None:
+    file.write_bytes(file.read_bytes().rstrip(b"\n"))
+    assert len(read(file)) == 2
+    append(file, [invented("갤럭시 S23", 256)])
+    assert len(read(file)) == 3
+
+
+def test_a_line_cut_in_a_letter(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    append(path, [invented("갤럭시 S23", 64)])
+    whole = path.read_bytes()
+    path.write_bytes(whole + '{"device": "갤'.encode()[:-1])
+    append(path, [invented("갤럭시 S23", 64)])
+    assert path.read_bytes() == 2 * whole
+
+
+def test_the_list_that_bench_prints_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(report.to_json([invented("갤럭시 S23", 64)]), encoding="utf-8")
+    assert read(path) == [invented("갤럭시 S23", 64)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda text: text.replace('"schema_version":2', '"schema_version":1', 1),
+            r"line 1 has schema version 1",
+        ),
+        (lambda text: text.replace('"figures"', '"numbers"', 1), r"line 1 is no measurement: figures: "),
+        (lambda text: "not JSON\n" + text, r"line 1 is not JSON"),
+        (lambda text: text.replace("\n", "\n[]\n", 1), r"line 2 has schema version None"),
+        (lambda text: "[" * 100_000, r"is not JSON"),
+        (lambda text: "[1]", r"has schema version None"),
+    ],
+)
+def test_what_is_no_result_is_named_with_its_line(
+    file: Path, change: Callable[[str], str], words: str
+) -> None:
+    file.write_text(change(file.read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(ResultsError, match=words):
+        read(file)
+
+
+def test_files_that_cannot_be_read_or_written(file: Path, gochu: Callable) -> None:
+    file.write_bytes("결과".encode("euc-kr"))
+    with pytest.raises(ResultsError, match="it is not text in UTF-8"):
+        read(file)
+    with pytest.raises(ResultsError, match="No such file"):
+        read(file.with_name("none.jsonl"))
+    with pytest.raises(ResultsError, match=r"cannot be added to .*; name another file"):
+        append(file.parent, [invented("갤럭시 S23", 64)])
+    code, out, err = gochu("report", file)
+    assert (code, out, err.count("\n")) == (3, "", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "cases"),
+    [
+        ("pp512", [(512, 1)]),
+        ("tg128", [(1, 128)]),
+        ("pp512+tg128", [(512, 128)]),
+        ("pp512tg128", [(512, 128)]),
+        ("pp64,tg8,pp64", [(64, 1), (1, 8)]),
+    ],
+)
+def test_llama_benchs_names(name: str, cases: list[tuple[int, int]]) -> None:
+    found = preset(name)
+    assert [(c.prompt_tokens, c.new_tokens) for c in found.cases] == cases
+    assert found.name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ",", "pp", "pp0", "tg-1", "pp512,", "PP512", "pp512 tg1", "pp99999999", "smoke,pp1", "tg1pp1"],
+)
+def test_names_that_are_none(name: str) -> None:
+    with pytest.raises(UsageError, match=r"there is no workload .*smoke, standard, sustained"):
+        preset(name)
+
+
+def test_a_run_of_minutes_is_repeated_until_they_are_over(toy: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="runs the toy bundle")
+    workload = SMALL.model_copy(update={"minutes": 0.3 / 60, "repeats": 1, "cool_down": 0.01})
+    (found,) = host.measure(toy, workload, threads=1)
+    speed = found.figure("decode_speed")
+    assert len(speed.samples) == len(speed.times) > 3
+    assert speed.times[0] == 0
+    assert list(speed.times) == sorted(speed.times)
+    assert 0.2 < speed.times[-1] < 0.3, "the last one began before the time was over"
+    assert (found.how.sustained_minutes, found.how.cool_down) == (0.3 / 60, 0.01)
+    assert found.figure("load_time").times == ()
+
+
+def test_runs_that_became_slower_are_marked() -> None:
+    steady, slower = [1.0] * 20, [1.0] * 10 + [1.2] * 10
+    assert not measuring.slowed(steady)
+    assert measuring.slowed(slower)
+    assert not measuring.slowed(slower[::-1]), "faster is not throttled"
+    assert not measuring.slowed([1.0] * 10 + [1.09] * 10)
+    assert not measuring.slowed([1.0, 9.0]), "too few to say"
+    assert not measuring.slowed([1.0] * 19 + [9.0]), "one outlier is none"
+
+    def marks(times: tuple[float, ...], decode: list[float], interrupted: bool = False) -> tuple[str, ...]:
+        memory = dict.fromkeys(("peak_memory", "peak_anonymous_memory", "peak_mapped_memory", "idle_memory"))
+        return measuring.marks(
+            measuring.Samples(
+                load=1.0,
+                prefill=(1.0,) * 20,
+                first_token=(1.0,) * 20,
+                decode=tuple(decode),
+                times=times,
+                engine="e",
+                interrupted=interrupted,
+                **memory,
+            )
+        )
+
+    times = tuple(map(float, range(20)))
+    assert marks(times, slower) == ("throttled",)
+    assert marks((), slower) == (), "only a sustained run can tell"
+    assert marks(times, []) == (), "prompts alone: their own times, which are steady"
+    assert marks(times, slower, True) == ("interrupted", "throttled")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_an_interrupted_run_is_kept_with_its_mark(toy: Path, tmp_path: Path) -> None:
+    """Ctrl-C in a terminal reaches the command and the process that measures, here in the middle of minutes.
+
+    The toy's context is too short for `sustained`, so it is given a shorter prompt and answer; and the measuring
+    process tells of each run in a file, for the signal to come when there are some.
+    """
+    pytest.importorskip("onnxruntime", reason="runs the toy bundle")
+    out, told = tmp_path / "결과.jsonl", tmp_path / "told"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'runtimes.targets.host' in sys.orig_argv:\n"
+        "    from runtimes import measuring\n"
+        "    once = measuring._once\n"
+        "    def telling(*arguments):\n"
+        "        found = once(*arguments)\n"
+        f"        open({str(told)!r}, 'a').write('.')\n"
+        "        return found\n"
+        "    measuring._once = telling\n",
+        encoding="utf-8",
+    )
+    code = (
+        "from runtimes import workload\n"
+        "cases = workload.preset('pp8+tg4').cases\n"
+        "shorter = [w.model_copy(update={'cases': cases}) for w in workload._PRESETS if w.name == 'sustained']\n"
+        "workload._PRESETS = shorter\n"
+        "from exporter.cli import main\n"
+        "main()"
+    )
+    root = Path(measuring.__file__).parents[1]
+    command = ["bench", str(toy), "--workload", "sustained", "--threads", "1", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(root))), "COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        start_new_session=True,  # a terminal's group of processes
+    )
+    try:
+        for _ in range(1200):
+            if (told.exists() and told.stat().st_size > 3) or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        printed, complained = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, complained
+    assert printed == ""
+    assert "interrupted" in complained
+    (found,) = read(out)
+    assert "interrupted" in found.marks
+    assert len(found.figure("decode_speed").samples) >= 1
+    assert found.how.sustained_minutes == 10
