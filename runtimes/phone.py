@@ -37,7 +37,8 @@ _STARTED = 100  # looks, 0.1 s apart, for the first sign of a run
 
 # Runs a program and watches it. Paths are relative to the run's folder, two levels below FOLDER. `pid` is the
 # program's, `code` is there when it has ended. meminfo holds the process up for a moment, hence seldom.
-_JOB = """echo $$ >supervisor
+_JOB = """: >memory; : >meminfo; : >thermal
+echo $$ >supervisor
 libraries=$(cd {libraries} && pwd)
 export LD_LIBRARY_PATH="$libraries" ADSP_LIBRARY_PATH="$libraries"
 (sh -c 'echo $$ >pid; exec "$@"' gochu {command} >out 2>err </dev/null; echo $? >code.part; mv code.part code) &
@@ -213,14 +214,11 @@ class Phone:
             )
 
     def pull(self, remote: str) -> str:
-        """The text of a file on the phone; empty if there is none."""
-
-        def receive() -> str:
-            if not self._device.sync.stat(remote).mode:
-                return ""
-            return bytes(self._device.sync.read_bytes(remote)).decode("utf-8", "replace")
-
-        return self._again(receive, f"fetching {PurePosixPath(remote).name}")
+        """The text of a file that is on the phone."""
+        what = f"fetching {PurePosixPath(remote).name}"
+        return self._again(
+            lambda: bytes(self._device.sync.read_bytes(remote)).decode("utf-8", "replace"), what
+        )
 
     def run(self, command: Sequence[str], libraries: str, minutes: float, doing: str) -> Ended:
         """Run a program on the phone to its end. It goes on if the connection is lost, and is waited for.

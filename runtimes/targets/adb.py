@@ -23,7 +23,7 @@ from runtimes.farm import Clock
 from runtimes.measurement import Measurement, Place
 from runtimes.phone import FOLDER, Phone, Server, Stopped, unauthorized
 from runtimes.phone_work import ON_CPU, Asked, Work, noted
-from runtimes.workload import Case, Workload, preset
+from runtimes.workload import Workload, preset
 
 CLOCK = Clock()
 _SYSTEMS = ("executorch", "onnxruntime", "llama_cpp", "qnn")  # engines that Android has
@@ -147,7 +147,10 @@ def _wait(work: Sequence["Future[list[Measurement]]"], stop: Event) -> bool:
     stopped = False
     while True:
         try:
-            wait(work)
+            while wait(
+                work, timeout=0.2
+            ).not_done:  # a lock that is waited for without an end hears no Ctrl-C
+                pass
             return stopped
         except KeyboardInterrupt:
             stopped = True

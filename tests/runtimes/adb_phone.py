@@ -282,6 +282,7 @@ class _Connection:
 
     def __init__(self, phone: Phone, link: socket.socket) -> None:
         self._phone, self._link = phone, link
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._writing = threading.Lock()
         self._streams: dict[int, _Stream] = {}
 
@@ -347,6 +348,7 @@ class _Connection:
     def _serve(self, service: str, stream: "_Stream") -> None:
         with contextlib.suppress(EOFError):
             self._phone.serve(service, stream)
+            stream.flush()
         self.send(b"CLSE", stream.local, stream.remote)
 
 
@@ -372,6 +374,11 @@ class _Stream:
             self._rest += piece
         data, self._rest = self._rest[:length], self._rest[length:]
         return data
+
+    def flush(self) -> None:
+        """Until the other side has all that was written."""
+        self.ready.acquire()
+        self.ready.release()
 
     def write(self, data: bytes) -> None:
         for i in range(0, len(data), MOST):
