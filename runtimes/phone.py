@@ -108,9 +108,11 @@ class Server:
         """Each phone's serial number with its state: device, offline, unauthorized, ..."""
         self.check()
         try:
-            return {each.serial: each.state for each in self.client.list()}
+            listed = self.client.list()
         except self.lost as error:
             raise TargetError(f"the adb server does not list its phones: {error}; restart it") from None
+        # adbutils cuts a state at its first space: "no permissions (...)"
+        return {each.serial: "no permissions" if each.state == "no" else each.state for each in listed}
 
 
 class Phone:
@@ -163,6 +165,7 @@ class Phone:
         sizes = {path: files[path].stat().st_size for path in missing}
         self._check_room(sum(sizes.values()))
         for number, path in enumerate(missing, 1):
+            self.rest(0)
             self._report(f"sending {path} ({sizes[path] / 1e6:.1f} MB), {number} of {len(missing)}")
             self.push(files[path], f"{folder}/{path}", 0o755 if path in executable else 0o644)
         if missing and (damaged := self._differing(folder, {path: hashes[path] for path in missing})):
@@ -286,8 +289,6 @@ class Phone:
     def _again(self, action: Callable[[], T], doing: str) -> T:
         """Do something, again if the phone was lost meanwhile and has come back."""
         for attempt in range(TRIES):
-            if self._stop.is_set():
-                raise Stopped
             self._server.check()
             try:
                 return action()

@@ -91,7 +91,10 @@ class Work:
         self.phone.rest(self.asked.workload.cool_down)
         before = self._cool()
         done, times, interrupted = self._rounds()
-        after = self._condition()
+        try:
+            after = self._condition()
+        except Stopped:  # the phone is gone, and the user does not wait for it
+            after = None
         marks: list[Mark] = ["interrupted"] if interrupted else []
         heats = [android.severity(each.thermal) or 0 for each in done]
         if max([*heats, _severity(after)]) >= android.SEVERE:
@@ -105,7 +108,7 @@ class Work:
         """Run the case's processes: once, as often as the workload repeats, or for its minutes. Times: when each round
         began, in seconds since the first."""
         commands = self.runner.commands(self.task) if self.runner else [runners.own_command(self.task)]
-        minutes = self.asked.workload.minutes
+        minutes = self.task.minutes if self.runner else 0.0  # a runner of one's own keeps to them itself
         once = self.runner is None or self.runner.repeats_itself
         rounds = 1 if once else self.asked.workload.repeats
         done: list[Ended] = []
@@ -315,14 +318,14 @@ class _Context:
     """What was seen of a case from outside of the runner."""
 
     before: Condition
-    after: Condition
+    after: Condition | None
     marks: tuple[Mark, ...]
     notes: tuple[str, ...]
     memory: dict[str, int]
 
 
-def _severity(condition: Condition) -> int:
-    return android.STATUSES.index(condition.thermal) if condition.thermal else 0
+def _severity(condition: Condition | None) -> int:
+    return android.STATUSES.index(condition.thermal) if condition and condition.thermal else 0
 
 
 def _bytes(sizes: dict[str, int]) -> list[Figure]:

@@ -41,6 +41,7 @@ class Task:
     threads: int | None
     warmup: int
     repeats: int
+    minutes: float = 0.0  # instead of `repeats`
     prompts: tuple[str, ...] = ()
     answer_tokens: int = 1
 
@@ -126,6 +127,7 @@ def own_command(task: Task) -> list[str]:
         "--context": task.context,
         "--warmup": task.warmup,
         "--repeats": task.repeats,
+        "--minutes": f"{task.minutes:g}" if task.minutes else None,
         "--threads": task.threads,
         "--answer-tokens": task.answer_tokens if task.prompts else None,
     }

@@ -79,6 +79,8 @@ def measure(
                 "no phone gave figures: " + "; ".join(f"{phone.name}: {error}" for phone, error in failures)
             )
         )
+    if stopped and not any("interrupted" in row.marks for row in found):
+        found[-1] = noted(found[-1], ["this one is whole; the command was stopped meanwhile"], "interrupted")
     for phone, error in failures:
         print(f"gochu: {phone.name} gave no figures: {error}", file=sys.stderr)
     lost = [f"{phone.name} was asked for too, and gave no figures: {error}" for phone, error in failures]
@@ -219,6 +221,7 @@ def _prepare(phone: Phone, asked: Asked) -> "Work":
         threads=asked.threads,
         warmup=asked.workload.warmup,
         repeats=1 if asked.workload.minutes else asked.workload.repeats,
+        minutes=asked.workload.minutes,
         answer_tokens=asked.workload.answer_tokens,
     )
     place = Place(

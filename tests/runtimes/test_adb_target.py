@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-adbutils = pytest.importorskip("adbutils", reason="adbutils is not installed")
+pytest.importorskip("adbutils", reason="adbutils is not installed")
 
 sys.path.append(str(Path(__file__).parent))
 
+import adbutils
 from adb_phone import Phone, thermal
 
 from runtimes import measurement_line, phone, phone_work
@@ -27,8 +28,8 @@ from runtimes.errors import ChecksumError, TargetError, UsageError
 from runtimes.farm import Clock
 from runtimes.measurement import Backend, Measurement, Method, Place, Subject, sampled
 from runtimes.targets import adb
+from runtimes.workload import Case, Workload
 
-SECRET = "adb-key-of-the-test"
 LLAMA_MAIN = """#!/bin/sh
 printf '%s\\n' "$@" >>"$GOCHU_PHONE/calls"
 {do}
@@ -278,7 +279,7 @@ def test_a_phone_is_measured(connect, bundle, runner, gochu) -> None:
     assert "--on adb" in row.command
     assert "--device" not in row.command
     called = (handset.folder / "calls").read_text().splitlines()
-    assert [word for word in called if word.startswith("--model_path")][0].endswith(
+    assert next(word for word in called if word.startswith("--model_path")).endswith(
         "/모델 1's $(touch z).pte"
     )
     assert {"--max_new_tokens=16", "--cpu_threads=3", "--warmup=true", "--ignore_eos=true"} <= set(called)
@@ -343,6 +344,36 @@ def test_llama_bench_from_a_folder_of_runners(connect, bundle, runner) -> None:
     assert (row.how.prompt_tokens, row.how.new_tokens, row.how.repeats, row.where.threads) == (16, 16, 2, 4)
 
 
+def test_a_sustained_run_has_a_sample_for_each_round_with_its_time(connect, bundle, runner) -> None:
+    connect()
+    asked = Workload(
+        name="half", cases=(Case(prompt_tokens=16, new_tokens=16),), minutes=0.05, cool_down=30.0
+    )
+    (row,) = adb.measure(
+        bundle,
+        asked,
+        runner=str(runner("llama-bench", LLAMA_BENCH.replace(", 10000000", ""))),
+        variant="gguf",
+    )
+    speed = row.figure("prefill_speed")
+    assert len(speed.samples) == len(speed.times) >= 2
+    assert speed.times[0] == 0.0
+    assert list(speed.times) == sorted(set(speed.times))
+    assert (row.how.sustained_minutes, row.how.cool_down) == (0.05, 30.0)
+    assert row.how.repeats == len(speed.samples)
+
+
+def test_a_runner_of_ones_own_is_told_the_minutes_and_the_prompts(connect, bundle, runner) -> None:
+    handset = connect()
+    asked = Workload(
+        name="own", cases=(Case(prompt_tokens=16, new_tokens=16),), minutes=0.5, prompts=("안녕 $(touch x)",)
+    )
+    (_row,) = adb.measure(bundle, asked, runner=str(runner("my_app", own(bundle, "onnx"))), variant="onnx")
+    called = (handset.folder / "calls").read_text().split("\n")
+    assert called[called.index("--minutes") + 1] == "0.5"
+    assert called[called.index("--ask") + 1] == "안녕 $(touch x)"
+
+
 def test_several_phones_at_once_and_one_that_fails_loses_nothing_of_the_others(
     connect, bundle, runner, capsys
 ) -> None:
@@ -394,8 +425,8 @@ def test_without_an_adb_server_none_is_started(bundle, runner, monkeypatch, goch
     code, out, err = gochu("bench", bundle, "--on", "adb", "--option", f"runner={runner('llama_main')}")
     assert (code, out) == (6, "")
     assert err == (
-        f"gochu: no adb server answers on 127.0.0.1:{port}: start one with `adb start-server` (adb comes with Android's "
-        "platform tools, and inside the Python package adbutils)\n"
+        f"gochu: no adb server answers on 127.0.0.1:{port}: start one with `adb start-server` (adb comes with "
+        "Android's platform tools, and inside the Python package adbutils)\n"
     )
 
 
@@ -625,7 +656,7 @@ def test_ctrl_c_ends_the_runner_and_keeps_what_was_measured(connect, bundle, run
     begun.write_text("x\n" * 5)
     thread = threading.Thread(target=interrupt, args=(6,))
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):  # nothing was measured
         adb.measure(bundle, "pp16+tg16", runner=program, variant="pte")
     thread.join()
     until(lambda: not list(handset.processes()))
