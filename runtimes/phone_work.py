@@ -113,17 +113,17 @@ class Work:
         rounds = 1 if once else self.asked.workload.repeats
         done: list[Ended] = []
         times: list[float] = []
-        start = self.clock.now()
+        now = start = self.clock.now()
         case = f"{self.task.case.prompt_tokens} + {self.task.case.new_tokens} tokens"
         try:
-            while not times or (self.clock.now() - start < 60 * minutes if minutes else len(times) < rounds):
-                began = self.clock.now() - start
+            while not times or (now - start < 60 * minutes if minutes else len(times) < rounds):
                 doing = f"{self.place.engine}, {case}" + (
                     f", {len(times) + 1} of {rounds}" if rounds > 1 else ""
                 )
                 ended = [self._one(command, doing) for command in commands]
                 done += ended
-                times.append(began)
+                times.append(now - start)
+                now = self.clock.now()
         except Stopped:
             if not done:
                 raise

@@ -449,13 +449,13 @@ def test_a_phone_that_does_not_let_this_computer_in(connect, bundle, runner) -> 
 
 def test_a_phone_that_is_lost_while_it_measures_and_comes_back(connect, bundle, runner) -> None:
     handset, said = connect(), []
-    program = runner("llama_main", do='echo begun >>"$GOCHU_PHONE/begun"; sleep 1')
+    program = runner("llama_main", do='echo begun >>"$GOCHU_PHONE/begun"; sleep 0.6')
     begun = handset.folder / "begun"
 
     def pull_the_cable() -> None:
         until(begun.exists)
         handset.unplug()
-        time.sleep(0.4)
+        time.sleep(0.2)
         handset.plug()
 
     thread = threading.Thread(target=pull_the_cable)
@@ -636,32 +636,54 @@ def test_the_cpu_in_place_of_an_accelerator_is_no_measurement_unless_allowed(con
     assert row.marks == ()
 
 
-def test_ctrl_c_ends_the_runner_and_keeps_what_was_measured(connect, bundle, runner) -> None:
-    handset = connect()
-    third_sleeps = 'echo x >>"$GOCHU_PHONE/begun"; [ $(wc -l <"$GOCHU_PHONE/begun") -lt 3 ] || sleep 60'
-    program = str(runner("llama_main", do=third_sleeps))
-    begun = handset.folder / "begun"
+@pytest.fixture
+def stopping(connect, runner) -> Callable[[int], tuple[str, Phone, threading.Thread]]:
+    """`stopping(n)`: a runner that hangs the nth time, its phone, and a thread that presses Ctrl-C then."""
 
-    def interrupt(at: int) -> None:
-        until(lambda: begun.exists() and len(begun.read_text().split()) == at)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    def stopping(at: int) -> tuple[str, Phone, threading.Thread]:
+        handset = connect()
+        begun = handset.folder / "begun"
+        hangs = f'echo x >>"$GOCHU_PHONE/begun"; [ $(wc -l <"$GOCHU_PHONE/begun") -lt {at} ] || sleep 60'
+        program = runner("llama_main", do=hangs)
 
-    thread = threading.Thread(target=interrupt, args=(3,))
-    thread.start()
+        def interrupt() -> None:
+            until(lambda: begun.exists() and len(begun.read_text().split()) == at)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        return str(program), handset, thread
+
+    return stopping
+
+
+def test_ctrl_c_ends_the_runner_and_keeps_what_was_measured(stopping, bundle) -> None:
+    program, handset, thread = stopping(3)
     (row,) = adb.measure(bundle, "pp16+tg16", runner=program, variant="pte")
     thread.join()
     assert row.marks == ("interrupted",)
     assert len(row.figure("ttft").samples) == 2
+    assert row.after.battery == 83
     until(lambda: not list(handset.processes()))
     assert list((handset.folder / "disk/gochu/bundles").iterdir()), "what is sent once is kept"
 
-    begun.write_text("x\n" * 5)
-    thread = threading.Thread(target=interrupt, args=(6,))
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):  # nothing was measured
-        adb.measure(bundle, "pp16+tg16", runner=program, variant="pte")
+
+def test_ctrl_c_before_anything_was_measured(stopping, bundle) -> None:
+    program, handset, thread = stopping(1)
+    with pytest.raises(KeyboardInterrupt):
+        adb.measure(bundle, "smoke", runner=program, variant="pte")
     thread.join()
     until(lambda: not list(handset.processes()))
+
+
+def test_ctrl_c_between_two_cases(stopping, bundle) -> None:
+    program, _, thread = stopping(3)
+    two = Workload(name="two", cases=tuple(Case(prompt_tokens=n, new_tokens=n) for n in (16, 8)), repeats=2)
+    (row,) = adb.measure(bundle, two, runner=program, variant="pte")
+    thread.join()
+    assert row.marks == ("interrupted",)
+    assert len(row.figure("ttft").samples) == 2
+    assert "this case is whole; the workload was stopped in the next" in row.how.notes
 
 
 @pytest.mark.parametrize(
