@@ -6,6 +6,7 @@ hash, and a folder for each run, which goes when the run ends.
 """
 
 import contextlib
+import os
 import shlex
 import socket
 import stat
@@ -20,7 +21,7 @@ from threading import Event
 from typing import Any, TypeVar
 
 from runtimes.bundle import file_sha256
-from runtimes.errors import TargetError
+from runtimes.errors import TargetError, UsageError
 from runtimes.extras import require
 from runtimes.farm import Clock
 
@@ -85,6 +86,11 @@ class Server:
     """The adb server. Only one that runs is spoken to: adbutils would start one, which would outlive this process."""
 
     def __init__(self) -> None:
+        port = os.environ.get("ANDROID_ADB_SERVER_PORT", "0")
+        if not port.isdecimal():
+            raise UsageError(
+                f"ANDROID_ADB_SERVER_PORT is {port!r}, which is no port: set it to the adb server's, or unset it"
+            )
         self._adbutils = require("adbutils", EXTRA)
         self.client: Any = self._adbutils.AdbClient()
 

@@ -432,6 +432,19 @@ def test_without_an_adb_server_none_is_started(bundle, runner, monkeypatch, goch
     )
 
 
+def test_without_adbutils(bundle, runner, monkeypatch, gochu) -> None:
+    monkeypatch.setitem(sys.modules, "adbutils", None)
+    code, out, err = gochu("bench", bundle, "--on", "adb", "--option", f"runner={runner('llama_main')}")
+    assert (code, out) == (5, "")
+    assert err == "gochu: adbutils is not installed; install it with `pip install 'gochu[adb]'`\n"
+
+
+def test_a_port_that_is_none(bundle, runner, monkeypatch) -> None:
+    monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", "usb")
+    with pytest.raises(UsageError, match=r"ANDROID_ADB_SERVER_PORT is 'usb', which is no port"):
+        adb.measure(bundle, "smoke", runner=str(runner("llama_main")))
+
+
 def test_without_a_phone(server, clock, bundle, runner, monkeypatch) -> None:
     monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", str(server))
     with pytest.raises(
@@ -482,6 +495,33 @@ def test_a_phone_that_is_lost_while_files_are_sent(connect, bundle, runner) -> N
     (row,) = adb.measure(bundle, "smoke", runner=str(runner("llama_main")), variant="pte")
     assert len(cuts) == 2
     assert row.figure("ttft").value == 0.081
+
+
+def test_a_phone_that_comes_back_and_does_not_let_this_computer_in(connect, bundle, runner) -> None:
+    handset = connect()
+
+    def revoke(service: str) -> None:
+        handset.before = lambda service: None
+        handset.unplug()
+        handset.authorized = False
+        handset.plug()
+
+    handset.before = revoke
+    with pytest.raises(TargetError, match=r"does not let this computer in: unlock it and accept"):
+        adb.measure(bundle, "smoke", runner=str(runner("llama_main")), variant="pte")
+
+
+def test_a_file_that_does_not_arrive_whole(connect, bundle, runner) -> None:
+    handset = connect()
+
+    def damage(service: str) -> None:
+        for path in handset.pushed:
+            if path.endswith(".pte"):
+                handset.path(path).write_text("x")
+
+    handset.before = damage
+    with pytest.raises(TargetError, match=r"\.pte is on .* not what was sent: try another cable or port"):
+        adb.measure(bundle, "smoke", runner=str(runner("llama_main")), variant="pte")
 
 
 def test_a_phone_that_is_lost_for_good(connect, bundle, runner, monkeypatch) -> None:
