@@ -164,12 +164,20 @@ class Work:
             memory["peak_memory"] = max(reading.peak_memory, memory.get("peak_memory", 0))
         figures += _bytes(memory)
         marks = list(context.marks)
-        speeds = next((f.samples for f in figures if f.name in ("decode_speed", "prefill_speed")), ())
+        speeds = reading.samples.get("decode_speed") or reading.samples["prefill_speed"]
         if workload.minutes and measuring.slowed([1 / speed for speed in speeds]):
             marks.append("throttled")
         backend, fallback = self._backend(Backend(requested=self._requested()), reading.processors)
         marks += fallback
         wanted = self.task.case
+        notes = (
+            *context.notes,
+            *runner.notes,
+            "" if case == wanted else f"{wanted.prompt_tokens} + {wanted.new_tokens} tokens were asked for",
+            _says(reading.processors, runner.name),
+            _MEMORY_NOTE if context.memory else "",
+            f"{runner.name} answers no prompts" if self.task.prompts else "",
+        )
         how = Method(
             workload=workload.name,
             prompt_tokens=case.prompt_tokens,
@@ -179,21 +187,7 @@ class Work:
             repeats=len(next(iter(reading.samples.values()), [])) or 1,
             sustained_minutes=workload.minutes,
             cool_down=workload.cool_down,
-            notes=tuple(
-                filter(
-                    None,
-                    (
-                        *context.notes,
-                        *runner.notes,
-                        f"{wanted.prompt_tokens} + {wanted.new_tokens} tokens were asked for"
-                        if case != wanted
-                        else "",
-                        _says(reading.processors, runner.name),
-                        _MEMORY_NOTE if context.memory else "",
-                        f"{runner.name} answers no prompts" if self.task.prompts else "",
-                    ),
-                )
-            ),
+            notes=tuple(filter(None, notes)),
         )
         place = self.place.model_copy(
             update={

@@ -28,6 +28,10 @@ from runtimes.workload import Workload, preset
 CLOCK = Clock()
 _SYSTEMS = ("executorch", "onnxruntime", "llama_cpp", "qnn")  # engines that Android has
 
+_Found = tuple[
+    list[Measurement], GochuError | None
+]  # of a phone: what was measured, and what went wrong then
+
 
 def measure(
     bundle_path: str | os.PathLike[str],
@@ -54,8 +58,8 @@ def measure(
     Figures: as far as the runner tells them, load_time, ttft (s), prefill_speed, decode_speed (tokens/s); peak_memory,
     peak_anonymous_memory, peak_mapped_memory and, where the phone's drivers tell it, peak_accelerator_memory (bytes).
 
-    A phone that fails is named on standard error, and in the others' notes; if all fail it is a TargetError. Raises
-    UsageError, MissingExtra, BundleError, ChecksumError besides.
+    A phone that fails is named on standard error and in the notes of all that was measured, before that on itself too;
+    if nothing was, the error is raised. Raises TargetError, UsageError, MissingExtra, BundleError, ChecksumError.
     """
     bundle = Bundle.open(bundle_path)
     workload = preset(workload) if isinstance(workload, str) else workload
@@ -82,8 +86,8 @@ def measure(
     if stopped and not any("interrupted" in row.marks for row in found):
         found[-1] = noted(found[-1], ["this one is whole; the command was stopped meanwhile"], "interrupted")
     for phone, error in failures:
-        print(f"gochu: {phone.name} gave no figures: {error}", file=sys.stderr)
-    lost = [f"{phone.name} was asked for too, and gave no figures: {error}" for phone, error in failures]
+        print(f"gochu: {phone.name} failed: {error}", file=sys.stderr)
+    lost = [f"{phone.name} was asked for too, and failed: {error}" for phone, error in failures]
     return [noted(each, lost) for each in found]
 
 
@@ -144,7 +148,7 @@ def _listed(phones: dict[str, Phone]) -> str:
     )
 
 
-def _wait(work: Sequence["Future[list[Measurement]]"], stop: Event) -> bool:
+def _wait(work: Sequence["Future[_Found]"], stop: Event) -> bool:
     """Until all phones are done; whether Ctrl-C ended it. The phones then end their runners."""
     stopped = False
     while True:
@@ -160,21 +164,22 @@ def _wait(work: Sequence["Future[list[Measurement]]"], stop: Event) -> bool:
 
 
 def _gathered(
-    work: Sequence[tuple[Phone, "Future[list[Measurement]]"]],
+    work: Sequence[tuple[Phone, "Future[_Found]"]],
 ) -> tuple[list[Measurement], list[tuple[Phone, GochuError]]]:
     """All phones' measurements, and the phones that failed. What is no GochuError is a mistake of ours, and raised."""
     found: list[Measurement] = []
     failures: list[tuple[Phone, GochuError]] = []
     for phone, future in work:
-        try:
-            found += future.result()
-        except GochuError as error:
+        rows, error = future.result()
+        found += rows
+        if error is not None:
             failures.append((phone, error))
     return found, failures
 
 
-def _measure(phone: Phone, asked: Asked) -> list[Measurement]:
-    """All cases on one phone. Those that are done when the user stops are kept, marked as interrupted."""
+def _measure(phone: Phone, asked: Asked) -> _Found:
+    """All cases on one phone, or those before it failed. Those that are done when the user stops are kept too, marked
+    as interrupted."""
     found: list[Measurement] = []
     try:
         work = _prepare(phone, asked)
@@ -189,7 +194,9 @@ def _measure(phone: Phone, asked: Asked) -> list[Measurement]:
             found[-1] = noted(
                 found[-1], ["this case is whole; the workload was stopped in the next"], "interrupted"
             )
-    return found
+    except GochuError as error:
+        return found, error
+    return found, None
 
 
 def _prepare(phone: Phone, asked: Asked) -> "Work":

@@ -365,6 +365,32 @@ def test_a_sustained_run_has_a_sample_for_each_round_with_its_time(connect, bund
     assert row.how.repeats == len(speed.samples)
 
 
+def test_a_sustained_run_that_becomes_slower_is_marked(connect, bundle, runner) -> None:
+    connect()
+    slower = (
+        '#!/bin/sh\necho x >>"$GOCHU_PHONE/begun"; n=$(wc -l <"$GOCHU_PHONE/begun")\n'
+        'line=$(cat <<"END"\n{line}\nEND\n)\necho "$line" | sed "s/:2260,/:$((2080 + 100 * n)),/"\n'
+    )
+    line = LLAMA_MAIN.format(do="").partition("echo 'Py")[2].rstrip("'\n").replace("\\\n", "")
+    asked = Workload(name="minutes", cases=(Case(prompt_tokens=16, new_tokens=16),), minutes=0.006)
+    (row,) = adb.measure(
+        bundle, asked, runner=str(runner("llama_main", slower, line="Py" + line)), variant="pte"
+    )
+    assert len(row.figure("decode_speed").samples) >= 5
+    assert row.figure("decode_speed").samples[:2] == (150.0, 75.0)
+    assert row.marks == ("throttled",)
+
+
+def test_what_a_phone_measured_before_it_failed_is_kept(connect, bundle, runner, capsys) -> None:
+    connect()
+    fails = 'echo x >>"$GOCHU_PHONE/begun"; [ $(wc -l <"$GOCHU_PHONE/begun") -lt 3 ] || exit 7'
+    two = Workload(name="two", cases=tuple(Case(prompt_tokens=n, new_tokens=n) for n in (16, 8)), repeats=2)
+    (row,) = adb.measure(bundle, two, runner=str(runner("llama_main", do=fails)), variant="pte")
+    assert (row.how.prompt_tokens, row.marks) == (16, ())
+    assert any("failed: llama_main ended with code 7" in note for note in row.how.notes)
+    assert "failed: llama_main ended with code 7" in capsys.readouterr().err
+
+
 def test_a_runner_of_ones_own_is_told_the_minutes_and_the_prompts(connect, bundle, runner) -> None:
     handset = connect()
     asked = Workload(
