@@ -174,7 +174,7 @@ class Work:
             *context.notes,
             *runner.notes,
             "" if case == wanted else f"{wanted.prompt_tokens} + {wanted.new_tokens} tokens were asked for",
-            _says(reading.processors, runner.name),
+            _says(reading.processors, runner.name, backend.requested),
             _MEMORY_NOTE if context.memory else "",
             f"{runner.name} answers no prompts" if self.task.prompts else "",
         )
@@ -326,10 +326,10 @@ def _bytes(sizes: dict[str, int]) -> list[Figure]:
     return [sampled(name, "bytes", [size]) for name, size in sizes.items()]
 
 
-def _says(processors: Sequence[str], runner: str) -> str:
+def _says(processors: Sequence[str], runner: str, requested: str) -> str:
     if processors:
         return f"{runner} says that it computes by {', '.join(processors)}"
-    return f"{runner} does not tell which processor computed"
+    return "" if requested == "CPU" else f"{runner} does not tell whether {requested} computed"
 
 
 def _names() -> str:

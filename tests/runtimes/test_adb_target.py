@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("adbutils", reason="adbutils is not installed")
+if sys.platform != "linux":
+    pytest.skip("the phone of these tests is made of Linux's /proc and tools", allow_module_level=True)
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -694,6 +696,7 @@ def test_the_cpu_in_place_of_an_accelerator_is_no_measurement_unless_allowed(con
         adb.measure(bundle, "smoke", runner=program, variant="npu")
     (row,) = adb.measure(bundle, "smoke", runner=program, variant="npu", allow_fallback=True)
     assert row.marks == ("cpu_fallback",)
+    assert "--option allow_fallback=True" in row.command
     bench = str(runner("llama-bench", LLAMA_BENCH))
     with pytest.raises(TargetError, match=r"variant gpu is for opencl, but llama-bench computed on the CPU"):
         adb.measure(bundle, "smoke", runner=bench, variant="gpu")
