@@ -29,7 +29,7 @@ _STATUS = re.compile(r"^\s*Thermal Status: (\d+)", re.MULTILINE)
 _NOW = re.compile(r"^Current temperatures from HAL:\n((?:[ \t]+.*\n?)*)", re.MULTILINE)
 _TEMPERATURE = re.compile(r"Temperature\{mValue=(?P<value>-?[\d.]+), mType=(?P<type>-?\d+),")
 # Rows of `dumpsys meminfo`: the driver's own account of buffers (memtrack), kB of them first.
-_BUFFERS = re.compile(r"^\s*(?:Gfx dev|EGL mtrack|GL mtrack|Other mtrack|ION|DMA-BUF)\s+(\d+)", re.MULTILINE)
+_BUFFERS = re.compile(r"^\s*(?:Gfx dev|EGL mtrack|GL mtrack|Other mtrack)\s+(\d+)", re.MULTILINE)
 _PROCESS = re.compile(r"\*\* MEMINFO in pid (\d+)")
 _MACHINES = {3: "x86", 40: "armeabi-v7a", 62: "x86_64", 183: "arm64-v8a", 243: "riscv64"}  # ELF's e_machine
 
@@ -84,12 +84,31 @@ def memory_peaks(statuses: str) -> dict[str, int]:
     return {name: max(sizes) for name, sizes in found.items() if sizes}
 
 
-def accelerator_memory(meminfo: str) -> int | None:
-    """The most bytes in buffers of a GPU or an NPU in what `dumpsys meminfo PID` printed, once or more often; None if
-    the phone's drivers account for none."""
+def accelerator_memory(meminfo: str, fdinfo: str = "") -> int | None:
+    """The most bytes in buffers of a GPU or an NPU that were seen, once or more often; None if none were.
+
+    `meminfo`: what `dumpsys meminfo PID` printed, in which a GPU's driver accounts for its own. `fdinfo`: the lines of
+    /proc/PID/fdinfo/*, each after its file's path, in which the kernel tells the size of each DMA buffer, as an NPU
+    takes (docs.kernel.org/filesystems/proc.html, DMA Buffer files); a line `look` before each look. A buffer may be in
+    both, so the larger sum counts: there is at least that much.
+    """
     dumps = _PROCESS.split(meminfo)[2::2]
-    sums = [sum(map(int, _BUFFERS.findall(dump.partition("App Summary")[0]))) for dump in dumps]
-    return 1024 * max(sums) if any(sums) else None
+    sums = [1024 * sum(map(int, _BUFFERS.findall(dump.partition("App Summary")[0]))) for dump in dumps]
+    sums += [_dma_buffers(look) for look in re.split(r"^look$", fdinfo, flags=re.MULTILINE)]
+    return max(sums) or None
+
+
+def _dma_buffers(look: str) -> int:
+    """Bytes of all DMA buffers of a process, each once, however many descriptors it has."""
+    files: dict[str, dict[str, str]] = {}
+    for path, name, value in re.findall(r"^(/proc/\S+?):(\w+):\s*(\S+)", look, re.MULTILINE):
+        files.setdefault(path, {})[name] = value
+    buffers = {
+        each.get("ino", path): each["size"]
+        for path, each in files.items()
+        if "exp_name" in each and "size" in each
+    }
+    return sum(map(int, buffers.values()))
 
 
 def device(properties: Mapping[str, str]) -> "profiles.Device | None":

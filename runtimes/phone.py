@@ -38,7 +38,7 @@ _STARTED = 100  # looks, 0.1 s apart, for the first sign of a run
 
 # Runs a program and watches it. Paths are relative to the run's folder, two levels below FOLDER. `pid` is the
 # program's, `code` is there when it has ended. meminfo holds the process up for a moment, hence seldom.
-_JOB = """: >memory; : >meminfo; : >thermal
+_JOB = """: >memory; : >meminfo; : >fdinfo; : >thermal
 echo $$ >supervisor
 libraries=$(cd {libraries} && pwd)
 export LD_LIBRARY_PATH="$libraries" ADSP_LIBRARY_PATH="$libraries"
@@ -48,7 +48,11 @@ until [ -f code ]; do
   p=$(cat pid 2>/dev/null)
   if [ -n "$p" ]; then
     grep -E '^(VmHWM|RssAnon|RssFile|RssShmem):' "/proc/$p/status" >>memory 2>/dev/null
-    if [ $((n % 40)) = 2 ]; then dumpsys meminfo "$p" >>meminfo 2>&1; dumpsys thermalservice >>thermal 2>&1; fi
+    if [ $((n % 40)) = 2 ]; then
+      dumpsys meminfo "$p" >>meminfo 2>&1
+      {{ echo look; grep -H . "/proc/$p/fdinfo/"*; }} >>fdinfo 2>/dev/null
+      dumpsys thermalservice >>thermal 2>&1
+    fi
     n=$((n + 1))
   fi
   sleep {look}
@@ -79,6 +83,7 @@ class Ended:
     err: str
     memory: str  # lines of /proc/PID/status
     meminfo: str
+    fdinfo: str  # lines of /proc/PID/fdinfo/*
     thermal: str
 
 
@@ -246,7 +251,8 @@ class Phone:
             code = self._wait(run, minutes, doing)
             ended = True
             texts = {
-                name: self.pull(f"{run}/{name}") for name in ("out", "err", "memory", "meminfo", "thermal")
+                name: self.pull(f"{run}/{name}")
+                for name in ("out", "err", "memory", "meminfo", "fdinfo", "thermal")
             }
             return Ended(code=code, **texts)
         finally:

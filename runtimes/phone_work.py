@@ -284,7 +284,9 @@ class Work:
     def _memory(self, done: Sequence[Ended]) -> dict[str, int]:
         """The largest of each kind of memory over all processes, in bytes."""
         found = android.memory_peaks("\n".join(each.memory for each in done))
-        buffers = android.accelerator_memory("\n".join(each.meminfo for each in done))
+        buffers = android.accelerator_memory(
+            "\n".join(each.meminfo for each in done), "\n".join(each.fdinfo for each in done)
+        )
         return found | ({"peak_accelerator_memory": buffers} if buffers else {})
 
     def _condition(self) -> Condition:

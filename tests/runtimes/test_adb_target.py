@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parent))
 import adbutils
 from adb_phone import Phone, thermal
 
-from runtimes import measurement_line, phone, phone_work
+from runtimes import android, measurement_line, phone, phone_work
 from runtimes.bundle import file_sha256
 from runtimes.errors import ChecksumError, TargetError, UsageError
 from runtimes.farm import Clock
@@ -242,8 +242,10 @@ def own(folder: Path, variant: str, **changes: Any) -> str:
     return f"#!/bin/sh\nprintf '%s\\n' \"$@\" >\"$GOCHU_PHONE/calls\"\nsleep 0.5\ncat <<'END'\n{text}\nEND\n"
 
 
-def test_a_phone_is_measured(connect, bundle, runner, gochu) -> None:
-    handset = connect()
+def test_a_phone_is_measured(connect, bundle, runner, gochu, monkeypatch) -> None:
+    handset, seen = connect(), []
+    count = android.accelerator_memory
+    monkeypatch.setattr(android, "accelerator_memory", lambda *texts: seen.append(texts) or count(*texts))
     handset.says("meminfo", MEMINFO)
     program = runner("llama_main_android", do="sleep 0.8")
     libraries = program.parent / "libs"
@@ -266,6 +268,7 @@ def test_a_phone_is_measured(connect, bundle, runner, gochu) -> None:
     assert row.figure("prefill_speed").value == 200.0
     assert row.figure("decode_speed").value == 15 / 0.18
     assert row.figure("peak_accelerator_memory").value == 5100 * 1024
+    assert re.search(r"^look\n/proc/\d+/fdinfo/\d+:pos:\t", seen[0][1], re.MULTILINE)
     assert row.figure("peak_memory").value > row.figure("peak_anonymous_memory").value > 4096
     assert row.figure("peak_mapped_memory").value > 4096
     assert {figure.kind for figure in row.figures} == {"measured"}

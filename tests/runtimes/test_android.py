@@ -63,6 +63,28 @@ def test_buffers_of_an_accelerator_are_what_its_driver_accounts_for() -> None:
     )
 
 
+def test_dma_buffers_are_counted_once_each() -> None:
+    """As the kernel's documentation shows them; two descriptors of one buffer, and a file that is none."""
+    buffer = (
+        "/proc/7/fdinfo/{fd}:pos:\t0\n/proc/7/fdinfo/{fd}:flags:\t04002\n/proc/7/fdinfo/{fd}:ino:\t{ino}\n"
+    )
+    buffer += "/proc/7/fdinfo/{fd}:size:   {size}\n/proc/7/fdinfo/{fd}:count:  2\n"
+    buffer += "/proc/7/fdinfo/{fd}:exp_name:  system\n"
+    other = "/proc/7/fdinfo/1:pos:\t0\n/proc/7/fdinfo/1:ino:\t5\n/proc/7/fdinfo/1:size:\t77\n"
+    first = (
+        "look\n"
+        + buffer.format(fd=3, ino=63107, size=32768)
+        + buffer.format(fd=4, ino=63107, size=32768)
+        + other
+    )
+    second = "look\n" + buffer.format(fd=3, ino=1, size=32768) + buffer.format(fd=4, ino=2, size=4096)
+    assert android.accelerator_memory("", first) == 32768
+    assert android.accelerator_memory("", second + first) == 36864
+    assert android.accelerator_memory("", "look\n" + other) is None
+    meminfo = "** MEMINFO in pid 7 [x] **\n    GL mtrack   64   64\n"
+    assert android.accelerator_memory(meminfo, first) == 64 * 1024
+
+
 def test_a_phone_is_found_in_the_profiles() -> None:
     s24 = {"ro.product.model": "SM-S928N", "ro.product.manufacturer": "samsung", "ro.soc.model": "SM8650"}
     assert android.called(s24) == "Galaxy S24 Ultra (SM-S928N)"
