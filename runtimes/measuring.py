@@ -36,10 +36,10 @@ from runtimes.measurement import (
     quantile,
     sampled,
 )
+from runtimes.targets import FLAGS
 from runtimes.workload import Case, Workload, prompt_ids
 
 Told = TypeVar("Told", bound=Strict)
-_FLAGS = ("workload", "on", "variant", "device", "threads", "context")  # all else is an --option
 _PATIENCE = 60.0  # s, for the last words of a process that was interrupted
 
 
@@ -316,15 +316,17 @@ def measurement(
 def command(bundle: Bundle, workload: str, answers: Sequence[Answer], **options: object) -> str:
     """The command that repeats a measurement; options that are None were not given."""
     given = {"workload": workload} | options
-    words = [
-        f"--{name} {shlex.quote(str(value))}"
-        if name in _FLAGS
-        else f"--option {shlex.quote(f'{name}={value}')}"
-        for name, value in given.items()
-        if value
-    ]
+    words = [_word(name, value) for name, value in given.items() if value]
     words += [f"--ask {shlex.quote(answer.prompt)}" for answer in answers]
     return " ".join(["gochu bench", shlex.quote(bundle.path.name), *words])
+
+
+def _word(name: str, value: object) -> str:
+    """An option as it is said on the command line."""
+    if name not in ("workload", "on", *FLAGS):
+        return f"--option {shlex.quote(f'{name}={value}')}"
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is True else f"{flag} {shlex.quote(str(value))}"
 
 
 def marks(samples: Samples) -> tuple[Mark, ...]:

@@ -28,6 +28,7 @@ from runtimes.workload import Workload
 BUILT_IN = (
     "host",
     "htp-simulator",
+    "adb",
     "mac",
     "iphone",
     "qai-hub",
