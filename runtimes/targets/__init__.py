@@ -5,8 +5,8 @@
 whose further parameters are the options that it knows, of plain types: the command line gives it those, and no others.
 Several have the same names for the same things: variant, device, threads, context, progress (told in words what is
 being done), allow_fallback (take figures of another processor than the one asked for). A target that others must
-prepare for has `setup(progress) -> Path` too. None imports another. A package adds its own by an entry point in the
-group `gochu.targets`:
+prepare for has `setup(progress) -> Path` too. None imports another. A hyphen in a name is an underscore in its module.
+A package adds its own by an entry point in the group `gochu.targets`:
 
     [project.entry-points."gochu.targets"]
     kettle = "kettle.gochu"
@@ -38,7 +38,7 @@ class Target(Protocol):
 def find(name: str) -> Target:
     """The target by that name. UsageError if there is none, TargetError if another package's cannot be used."""
     if name in BUILT_IN:
-        module: Any = importlib.import_module(f"runtimes.targets.{name}")
+        module: Any = importlib.import_module(f"runtimes.targets.{name.replace('-', '_')}")
         return module
     others = importlib.metadata.entry_points(group=GROUP)
     found = [entry for entry in others if entry.name == name]
