@@ -25,7 +25,7 @@ from runtimes.errors import TargetError, UsageError
 from runtimes.measurement import Measurement
 from runtimes.workload import Workload
 
-BUILT_IN = ("host", "mac", "iphone")
+BUILT_IN = ("host", "arm64-emulator", "mac", "iphone")
 GROUP = "gochu.targets"
 
 
