@@ -31,6 +31,7 @@ PACKAGES = ("linux-image-arm64", "busybox-static", "python3", "libgomp1", "libst
 DISTRIBUTIONS = ("jinja2", "numpy", "onnxruntime", "pydantic", "tokenizers")
 CODE = ("runtimes", "profiles")  # of this project, which the guest runs
 _PROBE = "import jinja2, numpy, onnxruntime, tokenizers, runtimes.generate, runtimes.targets.host"
+_DRIVERS = ("9p", "fscache", "netfs", "virtio")  # folders of the kernel's modules
 _FIRST = (3, 11)  # the oldest Python that runs this project
 _SPACE = 1_000_000_000  # bytes while it is made
 
@@ -136,18 +137,25 @@ def _fill_system(part: Path, packages: Sequence[Path]) -> None:
 
 def _take_kernel(package: Path, part: Path) -> None:
     """vmlinuz-RELEASE, and the modules for virtio and 9p."""
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE) as unpacking:
-        with tarfile.open(fileobj=unpacking.stdout, mode="r|") as archive:
+    listing = ["dpkg-deb", "--fsys-tarfile", str(package)]
+    try:
+        with (
+            subprocess.Popen(listing, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as unpacking,
+            tarfile.open(fileobj=unpacking.stdout, mode="r|") as archive,
+        ):
             for member in archive:
                 path = Path(member.name)
-                name = path.name.partition(".ko")[0]
-                kernel = path.name.startswith("vmlinuz-")
-                wanted = path.name != name and (path.parent.name in ("9p", "netfs", "virtio", "fscache"))
-                if member.isfile() and (kernel or wanted) and (file := archive.extractfile(member)):
-                    data = initrd.plain(path.name, file.read())
-                    (part / (path.name if kernel else f"modules/{name.replace('-', '_')}.ko")).write_bytes(data)
-    if unpacking.returncode:
-        raise TargetError(f"{package.name} cannot be unpacked; try again")
+                name, dot_ko, _ = path.name.partition(".ko")
+                if path.name.startswith("vmlinuz-"):
+                    kept = part / path.name
+                elif dot_ko and path.parent.name in _DRIVERS:
+                    kept = part / "modules" / f"{name.replace('-', '_')}.ko"
+                else:
+                    continue
+                if file := archive.extractfile(member):
+                    kept.write_bytes(initrd.plain(path.name, file.read()))
+    except tarfile.TarError as error:
+        raise TargetError(f"{package.name} cannot be unpacked ({error}); set the emulator up again") from None
 
 
 def _try(system: Path, python: Path, progress: Progress) -> None:

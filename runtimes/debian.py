@@ -25,8 +25,8 @@ def require_tools() -> None:
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise MissingExtra(
-                f"{tool} is not on the path, and the emulator's system is made of Debian's packages; run this on Debian "
-                "12 or newer, or in a container of it"
+                f"{tool} is not on the path, and the emulator's system is made of Debian's packages; run this on "
+                "Debian 12 or newer, or in a container of it"
             )
     if importlib.util.find_spec("pip") is None:
         raise MissingExtra(
@@ -34,7 +34,9 @@ def require_tools() -> None:
         )
 
 
-def download(packages: Sequence[str], folder: Path, architecture: str = "", owned: Path | None = None) -> list[Path]:
+def download(
+    packages: Sequence[str], folder: Path, architecture: str = "", owned: Path | None = None
+) -> list[Path]:
     """Debian packages and all that they depend on, as files in a folder; what is there already is not fetched again.
 
     `architecture`: of the packages, if it is not this machine's. `owned`: the list of packages that need not be
@@ -55,7 +57,11 @@ def download(packages: Sequence[str], folder: Path, architecture: str = "", owne
     }
     if architecture:
         settings |= {"APT::Architecture": architecture, "APT::Architectures::": architecture}
-    apt = ["apt-get", "--quiet", *(part for key, value in settings.items() for part in ("-o", f"{key}={value}"))]
+    apt = [
+        "apt-get",
+        "--quiet",
+        *(part for key, value in settings.items() for part in ("-o", f"{key}={value}")),
+    ]
     run([*apt, "update"], "asking Debian's mirror for its packages")
     run(
         [*apt, "install", "--download-only", "--yes", "--no-install-recommends", *packages],
@@ -80,7 +86,15 @@ def wheels(requirements: Sequence[str], python: str, folder: Path) -> None:
     run(
         [
             *(sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"),
-            *("--target", str(folder), "--only-binary=:all:", "--implementation", "cp", "--python-version", python),
+            *(
+                "--target",
+                str(folder),
+                "--only-binary=:all:",
+                "--implementation",
+                "cp",
+                "--python-version",
+                python,
+            ),
             *("--abi", abi, "--abi", "abi3", "--abi", "none"),
             *(part for platform in platforms for part in ("--platform", platform)),
             *requirements,
@@ -106,4 +120,6 @@ def run(command: Sequence[str], doing: str) -> None:
         return
     lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith(("E:", "ERROR:"))] or lines[-1:] or ["nothing"]
-    raise TargetError(f"{doing} failed, and {Path(command[0]).name} said: {' '.join(telling)[:_LONGEST]}; try again")
+    raise TargetError(
+        f"{doing} failed, and {Path(command[0]).name} said: {' '.join(telling)[:_LONGEST]}; try again"
+    )

@@ -38,8 +38,8 @@ _AGAIN = "remove it, and set the emulator up again"
 class Machine:
     """Where the parts of the emulated machine are, on this one.
 
-    `system` holds the kernel `vmlinuz-RELEASE`, its modules (`modules/NAME.ko`) and the system's files (`root`); `python` is
-    put before its own packages; `libraries`: folders of those that QEMU needs and this machine has not.
+    `system` holds the kernel `vmlinuz-RELEASE`, its modules (`modules/NAME.ko`) and the system's files (`root`);
+    `python` is put before its own packages; `libraries`: folders of those that QEMU needs and this machine has not.
     """
 
     qemu: Path
@@ -169,7 +169,16 @@ def _command(machine: Machine, order: Order, work: Path) -> list[str]:
     words = [
         str(machine.qemu),
         *("-machine", "virt", "-cpu", CPU, "-smp", "1", "-m", str(order.memory)),
-        *("-icount", "shift=0,sleep=off", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"),
+        *(
+            "-icount",
+            "shift=0,sleep=off",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-serial",
+            "stdio",
+            "-no-reboot",
+        ),
         *("-kernel", str(machine.kernel), "-initrd", str(work / "initrd")),
         *("-append", "console=ttyAMA0 loglevel=4 panic=-1 norandmaps"),
     ]
@@ -222,8 +231,8 @@ def _wait(process: "subprocess.Popen[bytes]", order: Order) -> None:
         left = 60 * order.minutes - (time.monotonic() - start)
         if left <= 0:
             raise TargetError(
-                f"the emulated machine was not done after {order.minutes:g} minutes and was switched off: take a smaller "
-                "workload, or allow more with --option max_minutes=..."
+                f"the emulated machine was not done after {order.minutes:g} minutes and was switched off: take a "
+                "smaller workload, or allow more with --option max_minutes=..."
             )
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=min(1.0, left))
@@ -239,13 +248,13 @@ def _left(work: Path, order: Order) -> Ended:
         raise TargetError(f"the emulated machine went off before its work was done: {_reason(console)}")
     if int(code) == _KILLED:
         raise TargetError(
-            f"the emulated machine's {order.memory} MiB of memory were not enough, and Linux ended the program: give it "
-            "more with --option memory=..., or shorten the context"
+            f"the emulated machine's {order.memory} MiB of memory were not enough, and Linux ended the program: give "
+            "it more with --option memory=..., or shorten the context"
         )
     if int(code) > 128:
         raise TargetError(
-            f"the program crashed in the emulated machine, with signal {int(code) - 128}: does the bundle's variant run "
-            "with --on host?"
+            f"the program crashed in the emulated machine, with signal {int(code) - 128}: does the bundle's variant "
+            "run with --on host?"
         )
     return Ended(int(code), _text(work / "out"), _text(work / "err"))
 

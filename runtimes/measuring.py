@@ -91,9 +91,9 @@ def cases(
 ) -> Iterator[tuple[Job, str, Samples]]:
     """Each case of a workload as `python -m module` measures it, with a note of what was cut.
 
-    `tell`: makes the job of that process from a `Job`'s fields. `apart`: runs it, if not here (`run_apart`). Raises ChecksumError if a file is not the one that was
-    exported: that is found out here, so that no figure has the cost in it. The workload's prompts are answered in the
-    first case. After one that was interrupted there is no other.
+    `tell`: makes the job of that process from a `Job`'s fields. `apart`: runs it, if not here (`run_apart`). Raises
+    ChecksumError if a file is not the one that was exported: that is found out here, so that no figure has the cost in
+    it. The workload's prompts are answered in the first case. After one that was interrupted there is no other.
     """
     checksums.check(bundle, variant)
     for number, (case, note) in enumerate(workload.clipped(context)):

@@ -9,7 +9,6 @@ would take, nobody knows from this. One thread computes, since threads that wait
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from runtimes import arm64, guest, measuring
 from runtimes.bundle import Bundle, Variant
@@ -23,6 +22,11 @@ MEMORY, MINUTES = 4096, 30.0  # MiB of the machine; until it is switched off
 _MODULE = "runtimes.targets.host"
 _PER_SECOND = 1e9  # instructions: the machine's clock takes one for each nanosecond
 setup = arm64.setup
+
+
+def check() -> None:
+    """MissingExtra if it was not set up."""
+    arm64.machine()
 
 
 def measure(
@@ -90,7 +94,7 @@ def measure(
 
 
 def _choose(bundle: Bundle, name: str | None) -> Variant:
-    """The variant named, or the first for ONNX Runtime on a CPU; UsageError if that is another's, BundleError if none."""
+    """The variant named, or the first for ONNX Runtime on a CPU; UsageError or BundleError if that is none."""
     variants = [named_variant(bundle, name)] if name else bundle.manifest.variants
     chosen = next((v for v in variants if v.engine == ENGINE and not v.chips and not v.delegate), None)
     if chosen is not None:
@@ -107,7 +111,7 @@ def _choose(bundle: Bundle, name: str | None) -> Variant:
 
 
 def _timeless(workload: Workload) -> Workload:
-    """The workload without rests: nothing becomes hot there. UsageError if it lasts for minutes, which are none there."""
+    """The workload without rests, since nothing becomes hot there; UsageError if it is to last for minutes."""
     if workload.minutes:
         raise UsageError(
             f"workload {workload.name} shows what minutes of work do to a device, and an emulated one has no time and "
