@@ -100,10 +100,11 @@ def wheels(requirements: Sequence[str], python: str, folder: Path) -> None:
             *requirements,
         ],
         f"downloading {', '.join(requirements)} for arm64",
+        "pip",
     )
 
 
-def run(command: Sequence[str], doing: str) -> None:
+def run(command: Sequence[str], doing: str, tool: str = "") -> None:
     """Run a tool to its end; TargetError with what it complained of if it fails, or is not there."""
     try:
         done = subprocess.run(
@@ -121,5 +122,5 @@ def run(command: Sequence[str], doing: str) -> None:
     lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith(("E:", "ERROR:"))] or lines[-1:] or ["nothing"]
     raise TargetError(
-        f"{doing} failed, and {Path(command[0]).name} said: {' '.join(telling)[:_LONGEST]}; try again"
+        f"{doing} failed, and {tool or command[0]} said: {' '.join(telling)[:_LONGEST]}; try again"
     )

@@ -3,7 +3,6 @@
 The archive is cpio's "newc" (https://docs.kernel.org/driver-api/early-userspace/buffer-format.html).
 """
 
-import gzip
 import lzma
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ def plain(name: str, data: bytes) -> bytes:
 
 
 def archive(init: str, busybox: bytes, modules: Mapping[str, bytes]) -> bytes:
-    """The gzipped archive: /init, /bin/busybox, /modules/NAME.ko, and empty folders to mount things at."""
+    """The archive: /init, /bin/busybox, /modules/NAME.ko, and empty folders to mount things at."""
     entries: list[tuple[str, int, bytes]] = [
         *((name, _FOLDER, b"") for name in ("bin", "dev", "modules", "proc", "root", "sys")),
         ("bin/busybox", _PROGRAM, busybox),
@@ -41,8 +40,7 @@ def archive(init: str, busybox: bytes, modules: Mapping[str, bytes]) -> bytes:
         ("init", _PROGRAM, init.encode()),
         ("TRAILER!!!", 0, b""),
     ]
-    written = b"".join(part for number, entry in enumerate(entries, 1) for part in _entry(number, *entry))
-    return gzip.compress(written, 6, mtime=0)
+    return b"".join(part for number, entry in enumerate(entries, 1) for part in _entry(number, *entry))
 
 
 def _entry(number: int, name: str, mode: int, data: bytes) -> Iterator[bytes]:

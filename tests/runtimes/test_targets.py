@@ -71,7 +71,7 @@ def test_an_unknown_target_is_told_what_there_is(install, gochu) -> None:
     code, out, err = gochu("bench", "nowhere", "--on", "kettel")
     assert (code, out) == (2, "")
     assert err == (
-        "gochu: there is no target 'kettel'; there are host, mac, iphone, kettle; did you mean kettle?\n"
+        f"gochu: there is no target 'kettel'; there are {', '.join(targets.BUILT_IN)}, kettle; did you mean kettle?\n"
     )
     with pytest.raises(UsageError, match=r"kettle$"):
         targets.find("zzz")
