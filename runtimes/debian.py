@@ -82,7 +82,6 @@ def wheels(requirements: Sequence[str], python: str, folder: Path) -> None:
     TargetError with pip's own words if it fails.
     """
     platforms = [f"manylinux_2_{minor}_aarch64" for minor in reversed(_GLIBC)] + ["manylinux2014_aarch64"]
-    abi = f"cp{python.replace('.', '')}"
     run(
         [
             *(sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"),
@@ -95,7 +94,6 @@ def wheels(requirements: Sequence[str], python: str, folder: Path) -> None:
                 "--python-version",
                 python,
             ),
-            *("--abi", abi, "--abi", "abi3", "--abi", "none"),
             *(part for platform in platforms for part in ("--platform", platform)),
             *requirements,
         ],

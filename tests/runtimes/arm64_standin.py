@@ -55,7 +55,8 @@ def leave(code, out="", err=""):
     (work / "err").write_text(err, encoding="utf-8")
     (work / "exit").write_text(f"{code}\\n")
 if does == "hang":
-    time.sleep(60)
+    time.sleep(30)
+    record.unlink()
 elif does == "say":
     print(what)
 elif does == "refuse":

@@ -310,6 +310,8 @@ def test_the_machine_counts_is_alone_and_cannot_change_what_it_is_given(
     assert "chroot /root /usr/bin/python3 -m runtimes.targets.host <stdin >out 2>err" in init
     assert init.index("insmod /modules/9pnet.ko") < init.index("insmod /modules/9p.ko")
     assert "mali" not in init
+    assert "share root /root cache=loose,ro\n" in init
+    assert "share bundle /root/gochu/bundle cache=loose,ro\n" in init
     assert not Path(seen["folders"]["work"]).exists()
 
 
@@ -459,6 +461,7 @@ def test_a_real_arm_says_the_same_and_takes_as_much_memory(toy: Path, monkeypatc
     assert there.answers == here.answers
     assert there.figure("peak_memory").value == pytest.approx(here.figure("peak_memory").value, rel=0.15)
     assert there.where.os.endswith("aarch64")
-    *_, slower, slowest = sorted(there.figure("decode_instructions").samples)  # a timer may be in one of them
-    assert there.figure("decode_instructions").p5 == pytest.approx(slower, rel=0.05)
-    assert slowest > slower > 10_000  # this program's own work at least, and a clock would not tell it twice
+    least, next_to_it, _ = sorted(
+        there.figure("decode_instructions").samples
+    )  # a timer may be in one of them
+    assert 10_000 < least <= next_to_it < 1.02 * least  # which a clock would not tell twice
