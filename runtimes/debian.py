@@ -45,12 +45,11 @@ def download(
     state, cache = folder / "state", folder / "cache"
     (state / "lists/partial").mkdir(parents=True, exist_ok=True)
     (cache / "archives/partial").mkdir(parents=True, exist_ok=True)
-    if owned is None:
-        owned = state / "status"
-        owned.touch()
+    status = state / "status"  # a copy: apt locks the folder that it is in
+    status.write_bytes(owned.read_bytes() if owned else b"")
     settings = {
         "Dir::State": state.resolve(),
-        "Dir::State::status": owned.resolve(),
+        "Dir::State::status": status.resolve(),
         "Dir::Cache": cache.resolve(),
         "Acquire::Languages": "none",
         "Acquire::Retries": 3,

@@ -110,6 +110,16 @@ def run(machine: Machine, order: Order) -> Ended:
     TargetError, in one sentence, if the machine does not start, crashes, runs out of memory, or is not done in time.
     QEMU is gone when this returns or raises, whatever happened.
     """
+    try:
+        return _run(machine, order)
+    except OSError as error:
+        raise TargetError(
+            f"the emulated machine's files cannot be kept in {tempfile.gettempdir()}: {error.strerror or error}; "
+            "make room there, or set TMPDIR to another folder"
+        ) from None
+
+
+def _run(machine: Machine, order: Order) -> Ended:
     with tempfile.TemporaryDirectory(prefix="gochu-arm64-") as folder:
         work = Path(folder)
         for package in order.packages:

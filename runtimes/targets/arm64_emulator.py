@@ -31,7 +31,7 @@ def check() -> None:
 
 def measure(
     bundle_path: str | os.PathLike[str],
-    workload: Workload | str = "smoke",
+    workload: Workload | str = "standard",
     *,
     variant: str | None = None,
     context: int | None = None,

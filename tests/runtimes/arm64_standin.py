@@ -24,10 +24,14 @@ if words := os.environ.get("STANDIN_APT"):
     print("W: something else\\nE: " + words, file=sys.stderr)
     sys.exit(100)
 settings = dict(each.split("=", 1) for each in arguments if "=" in each)
-if "install" in arguments and settings.get("APT::Architecture") == "arm64":
-    assert Path(settings["Dir::State::status"]).read_text() == ""
-    for package in Path(os.environ["STANDIN_PACKAGES"]).iterdir():
-        shutil.copy(package, Path(settings["Dir::Cache"]) / "archives")
+status = Path(settings["Dir::State::status"])
+assert status.is_relative_to(settings["Dir::State"])  # apt locks the folder that it is in
+if "install" in arguments:
+    arm = settings.get("APT::Architecture") == "arm64"
+    assert bool(status.read_text()) is not arm  # for ARM all is fetched, for this machine what it has not
+    for package in Path(os.environ["STANDIN_PACKAGES"]).glob("*.deb"):
+        if package.name.startswith("qemu") is not arm:
+            shutil.copy(package, Path(settings["Dir::Cache"]) / "archives")
 """
 
 QEMU = """
@@ -44,6 +48,7 @@ record = Path(os.environ["STANDIN_RECORD"])
 record.write_text(json.dumps({
     "arguments": sys.argv[1:],
     "pid": os.getpid(),
+    "libraries": os.environ.get("LD_LIBRARY_PATH", ""),
     "folders": {tag: str(path) for tag, path in folders.items()},
     "readonly": [each["id"] for each in fields if each.get("readonly") == "on"],
     "stdin": (work / "stdin").read_text(encoding="utf-8"),
@@ -102,6 +107,7 @@ def package(folder: Path, name: str, files: dict[str, bytes | str]) -> None:
             place.symlink_to(content)
         else:
             place.write_bytes(content)
+            place.chmod(0o755)
     (tree / "DEBIAN").mkdir()
     (tree / "DEBIAN/control").write_text(
         f"Package: {name}\nVersion: 1\nArchitecture: arm64\nMaintainer: a test\nDescription: a test\n"
@@ -134,6 +140,12 @@ def packages(folder: Path, python: str = "python3.11") -> Path:
             f"{modules}/drivers/virtio/virtio-pci-modern-dev.ko": module(),
             f"{modules}/drivers/gpu/mali.ko": module(),
         },
+    )
+    qemu = f"#!{sys.executable}\n{QEMU}".encode()
+    package(
+        folder,
+        "qemu-system-arm",
+        {f"usr/bin/{arm64.QEMU}": qemu, "usr/lib/x86_64-linux-gnu/libfdt.so.1": b"a library"},
     )
     package(folder, "busybox-static", {"usr/bin/busybox": b"a busybox"})
     package(folder, "python3", {"usr/bin/python3": python, f"usr/bin/{python}": b"a python"})

@@ -142,6 +142,36 @@ def test_a_set_up_that_failed_goes_on_where_it_was(fresh: Path, monkeypatch, goc
 
 
 @needs_dpkg
+def test_where_there_is_no_qemu_it_is_fetched_with_its_libraries(
+    fresh: Path, made, tmp_path: Path, monkeypatch
+) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for tool in ("apt-get", "dpkg-deb", "tar", "rm"):
+        (programs / tool).symlink_to(shutil.which(tool))
+    monkeypatch.setenv("PATH", str(programs))
+    (tmp_path / "status").write_text("Package: libc6")
+    monkeypatch.setattr(debian, "INSTALLED", tmp_path / "status")
+    monkeypatch.setattr(debian, "wheels", lambda requirements, python, folder: None)
+    assert arm64.missing() == ["qemu-system-aarch64", "system", "python"]
+    told: list[str] = []
+    home = arm64.setup(told.append)
+    assert told[:2] == ["fetching QEMU", "fetching Debian for arm64"]
+    assert arm64.machine().qemu == home / "qemu/usr/bin/qemu-system-aarch64"
+    assert record(made[0])["libraries"] == str(home / "qemu/usr/lib/x86_64-linux-gnu")
+    log = (tmp_path / "apt.log").read_text().splitlines()
+    assert [line.split()[-1] for line in log] == ["update", "qemu-system-arm", "update", "libstdc++6"]
+    assert not (home / "fetched").exists()
+
+
+@needs_dpkg
+def test_a_damaged_kernel_is_one_sentence(fresh: Path, tmp_path: Path) -> None:
+    (tmp_path / "linux-image-1_arm64.deb").write_bytes(b"!<arch>\n")
+    with pytest.raises(TargetError, match=r"^linux-image-1_arm64\.deb cannot be unpacked"):
+        arm64._take_kernel(tmp_path / "linux-image-1_arm64.deb", tmp_path)
+
+
+@needs_dpkg
 def test_what_does_not_work_in_the_guest_is_not_kept(fresh: Path, monkeypatch) -> None:
     monkeypatch.setattr(debian, "wheels", lambda requirements, python, folder: None)
     monkeypatch.setenv("STANDIN_QEMU", "end 1 ImportError: no numpy for you")
@@ -310,6 +340,8 @@ def test_the_machine_counts_is_alone_and_cannot_change_what_it_is_given(
     assert "chroot /root /usr/bin/python3 -m runtimes.targets.host <stdin >out 2>err" in init
     assert init.index("insmod /modules/9pnet.ko") < init.index("insmod /modules/9p.ko")
     assert "mali" not in init
+    assert "export PYTHONHASHSEED=0\n" in init  # nor is anything random
+    assert "norandmaps" in words
     assert "share root /root cache=loose,ro\n" in init
     assert "share bundle /root/gochu/bundle cache=loose,ro\n" in init
     assert not Path(seen["folders"]["work"]).exists()
@@ -358,6 +390,18 @@ def test_a_guest_that_hangs_is_switched_off(machine: Path, toy: Path, monkeypatc
         "or allow more with --option max_minutes=...\n"
     )
     assert not standin.alive(record(machine)["pid"])
+
+
+@needs_dpkg
+def test_a_full_disk_is_one_sentence(machine: Path, toy: Path, monkeypatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(
+        TargetError, match=r"cannot be kept in .*: No space left on device; make room there, or set TM"
+    ):
+        arm64_emulator.measure(toy, TINY)
 
 
 @needs_dpkg
