@@ -29,6 +29,7 @@ SHARED = ("bundle", "wheels", "work")
 _MODULES = ("virtio_pci", "9pnet_virtio", "9p")
 _BUFFER = 512_000  # bytes of a 9p message
 _KILLED = 128 + signal.SIGKILL
+_NO_MEMORY = ("MemoryError", "bad_alloc", "Failed to allocate memory")  # Python's, C++'s, ONNX Runtime's
 _LONGEST = 300  # characters of what was said
 _VERSION = re.compile(r"version (\d+[\d.]*\d)")
 _AGAIN = "remove it, and set the emulator up again"
@@ -123,7 +124,8 @@ def _run(machine: Machine, order: Order) -> Ended:
     with tempfile.TemporaryDirectory(prefix="gochu-arm64-") as folder:
         work = Path(folder)
         for package in order.packages:
-            shutil.copytree(package, work / "code" / package.name)
+            half_written = shutil.ignore_patterns("*.pyc.*")  # by a process that compiles it just now
+            shutil.copytree(package, work / "code" / package.name, ignore=half_written)
         (work / "stdin").write_text(order.stdin, encoding="utf-8")
         _write_initrd(machine, order, work / "initrd")
         _emulate(machine, order, work)
@@ -256,17 +258,18 @@ def _left(work: Path, order: Order) -> Ended:
     code = _text(work / "exit").strip()
     if not code.isdigit():
         raise TargetError(f"the emulated machine went off before its work was done: {_reason(console)}")
-    if int(code) == _KILLED:
+    err = _text(work / "err")
+    if int(code) == _KILLED or (int(code) and any(word in err for word in _NO_MEMORY)):
         raise TargetError(
-            f"the emulated machine's {order.memory} MiB of memory were not enough, and Linux ended the program: give "
-            "it more with --option memory=..., or shorten the context"
+            f"the emulated machine's {order.memory} MiB of memory were not enough for the program: give it more "
+            "with --option memory=..., or shorten the context"
         )
     if int(code) > 128:
         raise TargetError(
             f"the program crashed in the emulated machine, with signal {int(code) - 128}: does the bundle's variant "
             "run with --on host?"
         )
-    return Ended(int(code), _text(work / "out"), _text(work / "err"))
+    return Ended(int(code), _text(work / "out"), err)
 
 
 def _reason(console: str) -> str:

@@ -18,6 +18,7 @@ from runtimes.measurement import Figure, Measurement, Place, sampled
 from runtimes.workload import Case, Workload, preset
 
 ENGINE = "onnxruntime"
+LEAST_MEMORY = 128  # MiB
 MEMORY, MINUTES = 4096, 30.0  # MiB of the machine; until it is switched off
 _MODULE = "runtimes.targets.host"
 _PER_SECOND = 1e9  # instructions: the machine's clock takes one for each nanosecond
@@ -50,9 +51,12 @@ def measure(
     chosen = _choose(bundle, variant)
     workload = _timeless(preset(workload) if isinstance(workload, str) else workload)
     length, threads = settle(chosen, context, 1)
-    for name, value in (("memory", memory), ("max_minutes", max_minutes)):
-        if value is not None and value <= 0:
-            raise UsageError(f"{name} of {value:g} leaves the emulated machine none: give it more")
+    if memory is not None and memory < LEAST_MEMORY:
+        raise UsageError(
+            f"Linux and Python alone need {LEAST_MEMORY} MiB of memory, and {memory} were given: give more"
+        )
+    if max_minutes is not None and max_minutes <= 0:
+        raise UsageError(f"in {max_minutes:g} minutes nothing is measured: allow more with max_minutes")
     machine = arm64.machine()
     order = partial(
         guest.Order,

@@ -367,7 +367,13 @@ def test_the_machine_counts_is_alone_and_cannot_change_what_it_is_given(
             "QEMU could not run .*: unsupported machine type; if that",
         ),
         ("end 6 ONNX Runtime cannot load variant cpu", EngineError, "^ONNX Runtime cannot load variant cpu$"),
-        ("end 1 MemoryError", EngineError, "ended with code 1 and said: MemoryError"),
+        ("end 1 MemoryError", TargetError, "4096 MiB of memory were not enough.*--option memory="),
+        (
+            "end 6 ONNX Runtime: Failed to allocate memory for it",
+            TargetError,
+            "MiB of memory were not enough",
+        ),
+        ("end 1 ValueError: odd", EngineError, "ended with code 1 and said: ValueError: odd"),
         ("print nonsense", EngineError, "printed no samples but 'nonsense'"),
     ],
 )
@@ -421,6 +427,7 @@ def test_ctrl_c_leaves_nothing_behind(machine: Path, toy: Path, monkeypatch) -> 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
 def test_the_emulator_does_not_outlive_a_killed_process(machine: Path, toy: Path, monkeypatch) -> None:
     monkeypatch.setenv("STANDIN_QEMU", "hang")
+    monkeypatch.setenv("TMPDIR", str(machine))  # it cannot tidy up
     (machine / "qemu.json").unlink(missing_ok=True)
     code = f"from runtimes.targets import arm64_emulator; arm64_emulator.measure({str(toy)!r}, 'smoke')"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE.parents[1])
@@ -460,8 +467,8 @@ def test_without_a_set_up_it_says_how(tmp_path: Path, toy: Path, monkeypatch, go
     ("workload", "options", "words"),
     [
         (preset("sustained"), {}, "workload sustained shows what minutes .* take another workload"),
-        (TINY, {"memory": 0}, "memory of 0 leaves the emulated machine none"),
-        (TINY, {"max_minutes": -1.0}, "max_minutes of -1 leaves"),
+        (TINY, {"memory": 64}, "need 128 MiB of memory, and 64 were given"),
+        (TINY, {"max_minutes": 0.0}, "in 0 minutes nothing is measured"),
         (TINY, {"context": 1000}, "a context of 1000 tokens was asked for"),
         (TINY, {"variant": "gpu"}, "has no variant 'gpu'"),
     ],
