@@ -506,13 +506,13 @@ def test_a_file_that_changed_is_found_out_here(machine: Path, copy: Path) -> Non
 @pytest.mark.skipif(not SET_UP, reason="the arm64 emulator is not set up: gochu target setup arm64-emulator")
 def test_a_real_arm_says_the_same_and_takes_as_much_memory(toy: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
-    asked = TINY.model_copy(update={"prompts": PROMPTS, "answer_tokens": 6, "repeats": 3})
+    case = Case(prompt_tokens=16, new_tokens=49)
+    asked = Workload(name="long", cases=(case,), repeats=5, prompts=PROMPTS, answer_tokens=6)
     (there,) = arm64_emulator.measure(toy, asked)
     (here,) = host.measure(toy, asked, 1)
     assert there.answers == here.answers
     assert there.figure("peak_memory").value == pytest.approx(here.figure("peak_memory").value, rel=0.15)
     assert there.where.os.endswith("aarch64")
-    least, next_to_it, _ = sorted(
-        there.figure("decode_instructions").samples
-    )  # a timer may be in one of them
-    assert 10_000 < least <= next_to_it < 1.02 * least  # which a clock would not tell twice
+    least, *_ = counts = sorted(there.figure("decode_instructions").samples)
+    assert least > 10_000
+    assert counts[2] < 1.02 * least  # a timer may be in some, but no clock would tell the same so often
