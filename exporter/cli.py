@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exporter import cli_report
+from exporter import cli_report, cli_target
 from exporter.errors import GochuError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cli_target.app, name="target")
 
 CheckpointArgument = Annotated[
     str,

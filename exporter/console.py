@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from exporter.plan import Plan
     from profiles import Device
     from runtimes.bundle import Bundle, Choice, Gate, Variant
+    from runtimes.targets import About
 
 _FARMS = {
     "ai_hub": "Qualcomm AI Hub",
@@ -197,3 +198,12 @@ def show_score(score: "Score") -> None:
         console.print(
             f"missed: {miss.question.prompt} → {miss.got!r}, right is {miss.question.answer!r}", markup=False
         )
+
+
+def show_targets(found: Iterable["About"]) -> None:
+    """Where bundles are measured, whether that works here, and what can be said there."""
+    table = _table("Targets", "target", "what it does", "ready", "options")
+    for each in found:
+        ready = {True: "yes", None: "not known before it measures"}.get(each.ready) or f"no: {each.hindrance}"
+        table.add_row(each.name, escape(each.what), escape(ready), escape("\n".join(each.options)))
+    console.print(table)

@@ -87,12 +87,13 @@ def cases(
     context: int,
     threads: int,
     tell: Callable[..., Job] = Job,
+    apart: Callable[[str, Job], str] | None = None,
 ) -> Iterator[tuple[Job, str, Samples]]:
     """Each case of a workload as `python -m module` measures it, with a note of what was cut.
 
-    `tell`: makes the job of that process from a `Job`'s fields. Raises ChecksumError if a file is not the one that was
-    exported: that is found out here, so that no figure has the cost in it. The workload's prompts are answered in the
-    first case. After one that was interrupted there is no other.
+    `tell`: makes the job of that process from a `Job`'s fields. `apart`: runs it, if not here (`run_apart`). Raises
+    ChecksumError if a file is not the one that was exported: that is found out here, so that no figure has the cost in
+    it. The workload's prompts are answered in the first case. After one that was interrupted there is no other.
     """
     checksums.check(bundle, variant)
     for number, (case, note) in enumerate(workload.clipped(context)):
@@ -109,15 +110,15 @@ def cases(
             prompts=() if number else workload.prompts,
             answer_tokens=workload.answer_tokens,
         )
-        samples = spawn(module, job)
+        samples = spawn(module, job, apart)
         yield job, note, samples
         if samples.interrupted:
             return
 
 
-def spawn(module: str, job: Job) -> Samples:
+def spawn(module: str, job: Job, apart: Callable[[str, Job], str] | None = None) -> Samples:
     """What a measuring process says of its job; EngineError if that is nothing."""
-    printed = run_apart(module, job)
+    printed = (apart or run_apart)(module, job)
     try:
         return Samples.model_validate_json(printed)
     except ValidationError:
@@ -239,14 +240,18 @@ def run_apart(module: str, job: Strict, env: Mapping[str, str] | None = None) ->
             raise
     if process.returncode == 0:
         return printed
+    raise failure(module, process.returncode, complained)
+
+
+def failure(module: str, code: int, complained: str) -> MissingExtra | EngineError:
+    """The error of a process that ended with that code, and with its own sentence as the last that it complained of."""
     said = (complained.strip().splitlines() or ["nothing"])[-1]
-    if process.returncode == MissingExtra.exit_code:
-        raise MissingExtra(said)
-    if process.returncode > 1:  # another of Gochu's own errors, and its sentence
-        raise EngineError(said)
-    raise EngineError(
-        f"the process {module} ended with code {process.returncode} and said: {said}; was there enough memory? try a "
-        "shorter context"
+    if code == MissingExtra.exit_code:
+        return MissingExtra(said)
+    if code > 1:  # another of Gochu's own errors, and its sentence
+        return EngineError(said)
+    return EngineError(
+        f"the process {module} ended with code {code} and said: {said}; was there enough memory? try a shorter context"
     )
 
 

@@ -5,8 +5,9 @@
 whose further parameters are the options that it knows, of plain types: the command line gives it those, and no others.
 Several have the same names for the same things: variant, device, threads, context, progress (told in words what is
 being done), allow_fallback (take figures of another processor than the one asked for). A target that others must
-prepare for has `setup(progress) -> Path` too. None imports another. A package adds its own by an entry point in the
-group `gochu.targets`:
+prepare for has `setup(progress) -> Path` too, and one that can tell beforehand that it will not work here a `check()`,
+which raises the error that says why. The first line of its docstring says what it is. None imports another. A hyphen
+in a name is an underscore in its module. A package adds its own by an entry point in the group `gochu.targets`:
 
     [project.entry-points."gochu.targets"]
     kettle = "kettle.gochu"
@@ -16,25 +17,19 @@ import difflib
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from runtimes.errors import TargetError, UsageError
+from runtimes.bundle import Strict
+from runtimes.errors import GochuError, TargetError, UsageError
 from runtimes.measurement import Measurement
 from runtimes.workload import Workload
 
-BUILT_IN = (
-    "host",
-    "htp-simulator",
-    "adb",
-    "mac",
-    "iphone",
-    "qai-hub",
-    "aws-device-farm",
-    "firebase-test-lab",
-    "browserstack",
+BUILT_IN = tuple(
+    "host arm64-emulator htp-simulator adb mac iphone qai-hub aws-device-farm firebase-test-lab browserstack".split()
 )
 GROUP = "gochu.targets"
 
@@ -50,13 +45,11 @@ def find(name: str) -> Target:
     if name in BUILT_IN:
         module: Any = importlib.import_module(f"runtimes.targets.{name.replace('-', '_')}")
         return module
-    others = importlib.metadata.entry_points(group=GROUP)
-    found = [entry for entry in others if entry.name == name]
+    found = [entry for entry in importlib.metadata.entry_points(group=GROUP) if entry.name == name]
     if not found:
-        known = list(dict.fromkeys([*BUILT_IN, *(entry.name for entry in others)]))
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, known(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"there is no target {name!r}; there are {', '.join(known)}{hint}")
+        raise UsageError(f"there is no target {name!r}; there are {', '.join(known())}{hint}")
     entry = found[0]
     whose = f"target {name} of {entry.dist.name if entry.dist else entry.value}"
     if len(found) > 1:
@@ -71,6 +64,56 @@ def find(name: str) -> Target:
     if not callable(getattr(target, "measure", None)):
         raise TargetError(f"{whose} has no function measure, so it measures nothing: update that package")
     return target
+
+
+def known() -> list[str]:
+    """The names of all targets, those of other packages last."""
+    others = importlib.metadata.entry_points(group=GROUP)
+    return list(dict.fromkeys([*BUILT_IN, *(entry.name for entry in others)]))
+
+
+class About(Strict):
+    """What is known of a target before it measures. `ready` is None where only measuring shows it; `hindrance` says
+    what is missing, and what to do; `options` as on the command line."""
+
+    name: str
+    what: str
+    ready: bool | None
+    hindrance: str = ""
+    options: tuple[str, ...] = ()
+    has_setup: bool = False
+
+
+def about(name: str) -> About:
+    """What is known of the target by that name; UsageError if there is none."""
+    try:
+        target = find(name)
+    except TargetError as error:
+        return About(name=name, what="a target of another package", ready=False, hindrance=str(error))
+    check, hindrance = getattr(target, "check", None), ""
+    try:
+        if check:
+            check()
+    except GochuError as error:
+        hindrance = str(error)
+    return About(
+        name=name,
+        what=(inspect.getdoc(target) or "").partition("\n")[0],
+        ready=not hindrance if check else None,
+        hindrance=hindrance,
+        options=tuple(flag(option) for option in _options(target) if option not in OFFERED),
+        has_setup=callable(getattr(target, "setup", None)),
+    )
+
+
+def setup(name: str, progress: Callable[[str], None] = lambda what: None) -> Path:
+    """Prepare what the target by that name needs, and return where that is; UsageError if it needs nothing."""
+    prepare = getattr(find(name), "setup", None)
+    if prepare is None:
+        those = ", ".join(each.name for each in map(about, known()) if each.has_setup)
+        raise UsageError(f"target {name} needs no set-up; those that do are {those}")
+    folder: Path = prepare(progress)
+    return folder
 
 
 # Options that have a flag of their own on the command line; all others are given as --option name=value.

@@ -3,11 +3,18 @@
 import os
 import sys
 
-from runtimes import measuring
+from runtimes import extras, measuring
 from runtimes.bundle import Bundle
-from runtimes.engines import choose_variant, settle
+from runtimes.engines import ENGINES, choose_variant, settle
+from runtimes.errors import MissingExtra
 from runtimes.measurement import Measurement
 from runtimes.workload import Workload, preset
+
+
+def check() -> None:
+    """MissingExtra if no engine is installed."""
+    if not any(extras.installed(entry.library) for entry in ENGINES.values()):
+        raise MissingExtra("no engine is installed; install one with `pip install 'gochu[run]'`")
 
 
 def measure(

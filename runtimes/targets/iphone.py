@@ -49,6 +49,12 @@ _NOTES = (
 )
 
 
+def check() -> None:
+    """TargetError where there is no Mac, MissingExtra where there is no Xcode on it."""
+    apple.require_macos("iphone")
+    _require_xcode()
+
+
 def measure(
     bundle_path: str | os.PathLike[str],
     workload: Workload | str = "standard",

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from runtimes.engines import Engine
 
 
+def check() -> None:
+    """TargetError where there is no Mac."""
+    apple.require_macos("mac")
+
+
 class Job(measuring.Job):
     """What the measuring process is told."""
 
@@ -45,7 +50,7 @@ def measure(
     was made for); `where.backend` says what Core ML made of it. `context` is as for `runtimes.measure`. Raises
     TargetError (no Mac), UsageError, MissingExtra, BundleError, ChecksumError, EngineError.
     """
-    apple.require_macos("mac")
+    check()
     bundle = Bundle.open(bundle_path)
     chosen = apple.choose(bundle, variant, "mac")
     choose_variant(bundle, chosen.name)  # says what hinders it
