@@ -32,6 +32,11 @@ _Found = tuple[
 ]  # of a phone: what was measured, and what went wrong then
 
 
+def check() -> None:
+    """TargetError if no adb server answers, MissingExtra without adbutils."""
+    Server().check()
+
+
 def measure(
     bundle_path: str | os.PathLike[str],
     workload: Workload | str = "standard",

@@ -53,6 +53,11 @@ _TESTS = {  # system -> kind of app, kind of test package, type of test
 }
 
 
+def check() -> None:
+    """TargetError without credentials, MissingExtra without boto3."""
+    _DeviceFarm(None, None, None, None)
+
+
 def measure(
     bundle_path: str | os.PathLike[str],
     workload: Workload | str = "standard",

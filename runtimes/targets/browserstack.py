@@ -49,6 +49,12 @@ _TESTS = {  # system -> framework, kinds of app, kinds of test
 }
 
 
+def check() -> None:
+    """UsageError without credentials, MissingExtra without httpx."""
+    with _browserstack(None, None, False):
+        pass
+
+
 def measure(
     bundle_path: str | os.PathLike[str],
     workload: Workload | str = "standard",
