@@ -190,8 +190,9 @@ def run(
         kept = [cell.target for cell in cells if cell.id in book.done]
         if not stop.asked:
             _carried_out(executor, left, kept, told, stop, watch, book)
+        stopped = stop.asked
     rows = [row for cell in cells for row in book.done.get(cell.id, {}).values()]
-    return Result(rows, book.failures, stop.asked)
+    return Result(rows, book.failures, stopped)
 
 
 def _cells(
