@@ -685,7 +685,7 @@ def main() -> None:
         print(f"gochu: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("gochu: stopped; a rerun of an export or a matrix goes on where it was", file=sys.stderr)
+        print("gochu: stopped; a rerun of an export goes on where it was", file=sys.stderr)
         sys.exit(130)
 
 

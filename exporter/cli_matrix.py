@@ -152,6 +152,7 @@ def bench(file: Path, out: Path | None, ray: str | None, again: bool, as_json: b
         result = matrix_run.run(file, out, exports=exports, ray=ray, again=again, watch=watch)
     _show(result, out, as_json)
     if result.stopped:
+        console.print("stopped; the same command goes on where it was", markup=False)
         raise KeyboardInterrupt
     if result.failures:
         count = len(result.failures)

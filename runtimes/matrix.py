@@ -127,7 +127,7 @@ def read(path: Path) -> Matrix:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"matrix {path} is not TOML: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # a typo first
         raise UsageError(f"matrix {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     try:
         _check(matrix)

@@ -251,9 +251,9 @@ class Book:
             number: row.model_copy(update={"cell": Origin(id=task.id, row=number, of=len(found))})
             for number, row in enumerate(found, 1)
         }
-        there = self._rows.get(task.id, {})
-        measurement.append(self._out, [row for number, row in rows.items() if number not in there])
-        for row in rows.values():
+        fresh = [row for number, row in rows.items() if number not in self._rows.get(task.id, {})]
+        measurement.append(self._out, fresh)
+        for row in fresh:
             self._note(row)
         if _whole(self._rows.get(task.id, {})):
             self.done[task.id] = self._rows[task.id]
