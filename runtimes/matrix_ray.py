@@ -16,6 +16,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from runtimes.errors import TargetError, UsageError
@@ -26,7 +27,7 @@ from runtimes.quiet import quiet
 WORKER_RETRIES = 3  # of a task whose worker died
 _TICK, _ANSWER = 0.2, 5.0  # s
 _MEMORY = 100 * 2**20  # bytes for objects of a local cluster: rows are small
-_ADDRESS = re.compile(r"(?:ray://)?(?P<host>[^\s/]+):(?P<port>\d{1,5})")
+_ADDRESS = re.compile(r"(?P<host>[^\s/]+):(?P<port>\d{1,5})")
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # RFC 9113, 3.4
 _SETTINGS = 4  # the frame type that a server of HTTP/2, and so of gRPC, answers with
 
@@ -41,6 +42,8 @@ class Cluster:
 
     def __init__(self, address: str, limits: Mapping[str, int], pools: set[str]) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        if address != "local" and _has_token():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported
         self._ray: Any = require("ray", "ray")
         self._address = address
         self._connect(limits)
@@ -59,10 +62,16 @@ class Cluster:
             options |= {"include_dashboard": False, "object_store_memory": _MEMORY, "resources": resources}
         elif self._address != "auto":
             _greet(self._address)
+        said: list[str] = []
         try:
-            with quiet(stdout=True):
+            with quiet(stdout=True) as said:
                 self._ray.init(address=self._address, **options)
         except Exception as error:  # Ray raises what it likes: ConnectionError, RuntimeError, ValueError, ...
+            if any("InvalidAuthToken" in line for line in said):
+                raise TargetError(
+                    f"the Ray cluster {self._address} does not take this token: set RAY_AUTH_TOKEN to the "
+                    "cluster's, or put it into ~/.ray/auth_token"
+                ) from None
             raise TargetError(
                 f"the Ray cluster {self._address} cannot be used ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:200]}); start one with `ray start --head`, or take --ray local"
@@ -117,6 +126,12 @@ class Cluster:
             self._ray.cancel(task, force=at_once)
 
 
+def _has_token() -> bool:
+    """Whether there is a token for Ray's clusters (https://docs.ray.io/en/latest/ray-security/token-auth.html)."""
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
+
+
 def _perform(task: str) -> str:
     """The Ray task."""
     return perform(Task.model_validate_json(task), Stop()).model_dump_json()
@@ -126,9 +141,7 @@ def _greet(address: str) -> None:
     """Raise unless something that speaks Ray's protocol listens: Ray itself would try for a quarter of an hour."""
     match = _ADDRESS.fullmatch(address)
     if not match or not 0 < int(match["port"]) < 2**16:
-        raise UsageError(
-            f"{address!r} is no address of a Ray cluster; say local, auto, HOST:6379 or ray://HOST:10001"
-        )
+        raise UsageError(f"{address!r} is no address of a Ray cluster; say local, auto, or HOST:6379")
     try:
         with socket.create_connection((match["host"], int(match["port"])), timeout=_ANSWER) as connection:
             if os.environ.get("RAY_USE_TLS", "0") != "0":

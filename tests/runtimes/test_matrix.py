@@ -1,5 +1,6 @@
 """A matrix: its file, its cells and their ids, what is kept and what is measured again."""
 
+import itertools
 import json
 import os
 import shutil
@@ -54,10 +55,22 @@ def result_of(file: Path, **options):
         (KETTLE + "limit = 2\n" + KETTLE, 2, "target kettle has two limits"),
         ("workloads = ['enormous']\n" + KETTLE, 2, "there is no workload 'enormous'"),
         ("workloads = []\n" + KETTLE, 2, "workloads: Tuple should have at least 1 item"),
-        ("variants = ['npu-*']\n" + KETTLE, 2, "no bundle of the matrix has a variant 'npu-.'; there are cpu"),
-        ("variants = ['cpu']\n[[targets]]\nname = 'iphone'\n[[targets]]\nname = 'mac'\nthreads = 1", 2, "threads"),
+        (
+            "variants = ['npu-*']\n" + KETTLE,
+            2,
+            "no bundle of the matrix has a variant 'npu-.'; there are cpu",
+        ),
+        (
+            "variants = ['cpu']\n[[targets]]\nname = 'iphone'\n[[targets]]\nname = 'mac'\nthreads = 1",
+            2,
+            "threads",
+        ),
         (KETTLE + "[[exclude]]\n", 2, "exclude cannot go by nothing"),
-        (KETTLE + "water = 1\n[[exclude]]\nmilk = 1", 2, "exclude cannot go by milk; it goes by bundle, .*water"),
+        (
+            KETTLE + "water = 1\n[[exclude]]\nmilk = 1",
+            2,
+            "exclude cannot go by milk; it goes by bundle, .*water",
+        ),
         (KETTLE + "water = 1\n[[exclude]]\nwater = 7", 2, "exclude with water = 7 fits no cell"),
         (KETTLE + "[[exclude]]\ntarget = 'kettle'", 2, "the matrix has no cells"),
         ("bundles = ['nowhere']\n" + KETTLE, 3, "nowhere is not a bundle"),
@@ -109,7 +122,8 @@ def test_cells_are_all_combinations_but_the_excluded(installed_kettle, matrix_fi
         "workloads = ['smoke', 'pp8']\nvariants = ['c*']\nask = ['안녕']\n"
         + KETTLE
         + "water = [1, 2, 3]\ntrouble = 'talk'\nlimit = 3\n[[targets]]\nname = 'host'\n"
-        "[[exclude]]\nwater = [2, 3]\nworkload = 'pp*'\n[[exclude]]\ntarget = 'host'\nbundle = '*/toy'\nworkload = 'smoke'"
+        "[[exclude]]\nwater = [2, 3]\nworkload = 'pp*'\n"
+        "[[exclude]]\ntarget = 'host'\nbundle = '*/toy'\nworkload = 'smoke'"
     )
     told = matrix.read(file)
     cells = matrix.cells(told, matrix.find_bundles(told, file.parent))
@@ -246,7 +260,7 @@ def test_one_at_a_time_and_more_where_a_limit_says_so(kettle, matrix_file) -> No
     cells = KETTLE + "water = [1, 2, 3]\ntrouble = "
     result_of(matrix_file(cells + "'nap'"))
     begun = [float(call[3]) for call in kettle.calls]
-    assert all(later - before >= 0.2 for before, later in zip(begun, begun[1:], strict=False))
+    assert all(later - before >= 0.2 for before, later in itertools.pairwise(begun))
     kettle.forget()
     found = []
     file = matrix_file(cells + "'hold'\nlimit = 2")
