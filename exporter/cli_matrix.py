@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from rich import box
+from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from exporter.console import console
 from exporter.errors import OutputExists, UsageError
@@ -91,7 +93,8 @@ class Export(Strict):
 
     def _made(self, output: Path) -> dict[str, Any]:
         asked = self.model_dump(mode="json", exclude={"output", "force"})
-        return {"export": asked, "manifest": file_sha256(output / MANIFEST) if output.is_dir() else ""}
+        manifest = output / MANIFEST
+        return {"export": asked, "manifest": file_sha256(manifest) if manifest.is_file() else ""}
 
 
 def _note(output: Path) -> Path:
@@ -182,21 +185,16 @@ def _watching() -> Iterator[Any]:
         yield watch
 
 
-def _table(board: "Board") -> Table:
+def _table(board: "Board") -> Group:
     grid = Table("", *_STATES, box=box.SIMPLE_HEAD, pad_edge=False)
     for kind, counts in list(board.counts.items()):
         grid.add_row(escape(kind), *(str(counts[state]) for state in _STATES))
     running = [task.label for task, _ in list(board.running.values())]
-    more = f", and {len(running) - _SHOWN} more" if len(running) > _SHOWN else ""
     left = board.seconds_left()
-    grid.caption = escape(
-        ("" if left is None else f"about {_minutes(left)} left; ")
-        + "running: "
-        + ", ".join(running[:_SHOWN])
-        + more
-    )
-    grid.caption_justify = "left"
-    return grid
+    lines = [] if left is None else [f"about {_minutes(left)} left"]
+    lines += [f"running: {label}" for label in running[:_SHOWN]]
+    lines += [f"and {len(running) - _SHOWN} more"] if len(running) > _SHOWN else []
+    return Group(grid, Text("\n".join(lines)))
 
 
 def _minutes(seconds: float) -> str:
