@@ -68,7 +68,11 @@ def perform(task: Task, stop: Stop) -> Outcome:
     """Do a task in a process of its own. It is tried again if its target, its engine or the process itself fails."""
     began = time.monotonic()
     for tried in range(task.retries + 1):
-        outcome = _once(task, stop)
+        try:
+            outcome = _once(task, stop)
+        except OSError as error:
+            sentence = f"its process could not be started: {error.strerror}; is there enough memory?"
+            outcome = Outcome(id=task.id, error=sentence, exit_code=TargetError.exit_code)
         may_pass = outcome.exit_code == TargetError.exit_code
         if stop.asked or not may_pass or tried == task.retries:
             break

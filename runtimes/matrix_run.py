@@ -5,6 +5,7 @@ measures the others. What failed stands beside it, a sentence for each: `results
 """
 
 import fcntl
+import json
 import signal
 import threading
 import time
@@ -183,13 +184,13 @@ def run(
     with _sole_writer(out), _executor(ray, told.limits(), pools, stop) as executor, stopping(stop):
         book = Book(out, again)
         if pending:
-            made = {task.id for task in _carried_out(executor, pending, [], told, stop, watch, book)}
+            made = {task.id for task in _carried_out(executor, pending, [], stop, watch, book)}
             there = [each for each in wanted if each.task is None or each.task.id in made]
             cells = _cells(file, told, folder, there, [each.output for each in wanted if each not in there])
         left = [_task(cell, told) for cell in cells if cell.id not in book.done]
         kept = [cell.target for cell in cells if cell.id in book.done]
         if not stop.asked:
-            _carried_out(executor, left, kept, told, stop, watch, book)
+            _carried_out(executor, left, kept, stop, watch, book)
         stopped = stop.asked
     rows = [row for cell in cells for row in book.done.get(cell.id, {}).values()]
     return Result(rows, book.failures, stopped)
@@ -246,7 +247,12 @@ class Book:
     def write(self, task: Task, outcome: Outcome, stopped: bool) -> Outcome:
         """Add a cell's rows, but those that a run that was cut off has written; or its failure. What came of it.
         `stopped`: the whole run is, so that an interrupted row is no failure."""
-        found = [Measurement.model_validate(each) for each in outcome.value or []]
+        try:
+            found = [
+                measurement.parse(json.dumps(each), f"what {task.label} said") for each in outcome.value or []
+            ]
+        except ResultsError as error:  # of another Gochu, on another machine
+            return self.fail(task, outcome.model_copy(update={"error": str(error)}))
         rows = {
             number: row.model_copy(update={"cell": Origin(id=task.id, row=number, of=len(found))})
             for number, row in enumerate(found, 1)
@@ -286,13 +292,12 @@ def _carried_out(
     executor: Executor,
     tasks: Sequence[Task],
     kept: Sequence[str],
-    told: Matrix,
     stop: Stop,
     watch: Callable[[Board, str], None],
     book: Book,
 ) -> list[Task]:
     """Run tasks, write down what comes of each as it comes, and give those that did not fail."""
-    board = Board.of(tasks, kept, told.limits())
+    board = Board.of(tasks, kept, {task.pool: executor.room(task.pool) for task in tasks})
     by_id = {task.id: task for task in tasks}
     good = []
     for event in _schedule(executor, tasks, stop):

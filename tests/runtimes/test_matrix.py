@@ -219,7 +219,9 @@ def test_only_what_is_missing_is_measured_again(kettle, matrix_file) -> None:
 
 def test_a_cell_that_fails_is_told_and_the_others_go_on(kettle, gochu, matrix_file) -> None:
     file = matrix_file(
-        "retries = 1\n" + KETTLE + "trouble = ['cold', 'crash', 'nothing', 'interrupted', 'once', 'talk']"
+        "retries = 1\n"
+        + KETTLE
+        + "trouble = ['cold', 'crash', 'nothing', 'old', 'interrupted', 'once', 'talk']"
     )
     code, out, err = gochu("bench", "--matrix", file, "--json")
     assert code == 6
@@ -231,28 +233,32 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(kettle, gochu, matrix_fi
         ("cold", 6),
         ("crash", 6),
         ("nothing", 6),
+        ("old", 6),
         ("interrupted", 6),
     ]
     said = [each["error"] for each in failed]
     assert said[0] == "주전자가 차갑다: plug it in"
     assert said[1].startswith("its process was killed by signal 9 and said: nothing")
-    assert said[2:] == ["the target measured nothing", "it was interrupted"]
-    assert err.splitlines()[-1].startswith("gochu: 4 of the matrix's cells or exports failed")
-    assert "주전자가 차갑다: plug it in" in err.splitlines()[-5]
+    assert said[2] == "the target measured nothing"
+    assert said[3].endswith("trouble=old said has schema version 1 where this Gochu reads 2: measure again")
+    assert said[4] == "it was interrupted"
+    assert err.splitlines()[-1].startswith("gochu: 5 of the matrix's cells or exports failed")
+    assert "주전자가 차갑다: plug it in" in err.splitlines()[-6]
     assert [row["where"]["target"] for row in json.loads(out)] == ["kettle", "kettle"]
     assert Counter(call[2] for call in kettle.calls) == {
         "cold": 2,
         "crash": 2,
         "nothing": 1,
+        "old": 1,
         "interrupted": 1,
         "once": 2,
         "talk": 1,
     }
     kept = measurement.read(file.with_name("matrix.results.jsonl"))
     assert [row.marks for row in kept] == [("interrupted",), (), ()]
-    file.write_text(file.read_text(encoding="utf-8").replace("'cold', 'crash', 'nothing', ", ""))
+    file.write_text(file.read_text(encoding="utf-8").replace("'cold', 'crash', 'nothing', 'old', ", ""))
     code, _, err = gochu("bench", "--matrix", file)
-    assert (code, len(kettle.calls)) == (6, 10), "an interrupted row is no measurement that is done"
+    assert (code, len(kettle.calls)) == (6, 11), "an interrupted row is no measurement that is done"
     assert "kettle" in err
 
 
@@ -380,3 +386,15 @@ def test_a_pattern_takes_bundles_and_passes_over_all_else(matrix_file, toy) -> N
     with pytest.raises(BundleError, match="schema version None"):
         matrix.find_bundles(told, file.parent)
     assert os.listdir(file.parent / "other") == []
+
+
+def test_the_example_in_the_docs_is_a_matrix() -> None:
+    import tomllib
+
+    texts = []
+    for name in ("matrix.md", "matrix.ko.md"):
+        text = (Path(__file__).parents[2] / "docs" / name).read_text(encoding="utf-8")
+        texts.append(text.partition("```toml\n")[2].partition("```")[0])
+    english, korean = map(tomllib.loads, texts)
+    assert english == korean
+    assert matrix.Matrix.model_validate(english).limits() == {matrix.MACHINE: 1, "adb": 2}
