@@ -115,10 +115,13 @@ class Cluster:
             return Outcome.model_validate_json(self._ray.get(ended))
         except errors.TaskCancelledError:
             return Outcome(id=task.id, error="it was stopped", exit_code=STOPPED)
+        except errors.RayTaskError as error:
+            said = str(error.cause).partition(". ")[0]
+            sentence = f"a Ray worker cannot run Gochu ({said}): install the same Gochu on every machine"
         except errors.RayError as error:
-            said = " ".join(str(error).split())[:300]
-            sentence = f"Ray could not run it, after {WORKER_RETRIES} retries: {type(error).__name__}: {said}"
-            return Outcome(id=task.id, error=sentence, exit_code=TargetError.exit_code)
+            said = " ".join(str(error).split())[:200]
+            sentence = f"Ray lost it, after {WORKER_RETRIES} retries ({type(error).__name__}: {said})"
+        return Outcome(id=task.id, error=sentence, exit_code=TargetError.exit_code)
 
     def stop(self, running: Sequence[Any], at_once: bool) -> None:
         """Cancel tasks: their workers interrupt the cells and give them time to end, or are killed with them."""
