@@ -416,9 +416,12 @@ def _report(model: "Model", generation: "Generation", as_json: bool) -> None:
         "gochu bench out/ --on host,iphone --device 'Test iPhone' --out results.jsonl",
         "gochu bench out/ --ask '23 더하기 45는?'",
         "gochu bench out/ --trace --plot trace.png",
+        "gochu bench --matrix matrix.toml --out results.jsonl",
+        "gochu bench --matrix matrix.toml --ray local",
     )
 )
 def bench(
+    call: typer.Context,
     bundle: BundleArgument = Path("out"),
     on: Annotated[
         str,
@@ -458,8 +461,29 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the trace into this file, .png or .svg.", dir_okay=False)
     ] = None,
+    matrix: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure every cell of this TOML file: bundles x targets x workloads.", dir_okay=False
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="With --matrix: on this Ray cluster; local starts one."),
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="With --matrix: measure also the cells that are done already.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
+    if matrix is not None:
+        _alone(call, "matrix", "ray", "again", "out", "as_json")
+        from exporter import cli_matrix
+
+        cli_matrix.bench(matrix, out, ray, again, as_json)
+        return
+    if ray is not None or again:
+        raise typer.BadParameter("goes with --matrix", param_hint="--again" if again else "--ray")
     if trace:
         if on != "host" or any((device, option, ask, out)):
             raise typer.BadParameter(
@@ -507,6 +531,15 @@ def bench(
                 _show_measurements(measurements, as_json)
             raise
     _show_measurements(measurements, as_json)
+
+
+def _alone(call: typer.Context, option: str, *others: str) -> None:
+    """Refuse what was given beside an option, but those others that it goes with."""
+    for name in call.params:
+        source = call.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and name not in (option, *others):
+            what = "a bundle" if name == "bundle" else f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"the file says it all: leave out {what}", param_hint=f"--{option}")
 
 
 def _pairs(options: list[str]) -> dict[str, str]:

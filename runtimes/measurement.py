@@ -124,8 +124,16 @@ class Answer(Strict):
     tokens: tuple[int, ...]
 
 
+class Origin(Strict):
+    """The cell of a matrix that a measurement comes from (`runtimes.matrix`): its id, and which of its rows this is."""
+
+    id: str
+    row: int
+    of: int
+
+
 class Measurement(Strict):
-    """One case of a workload on one target. `command` repeats it; `time` is UTC (ISO 8601)."""
+    """One case of a workload on one target. `command` repeats it; `time` is UTC (ISO 8601); `cell`: of a matrix."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     what: Subject
@@ -136,6 +144,7 @@ class Measurement(Strict):
     before: Condition | None = None
     after: Condition | None = None
     answers: tuple[Answer, ...] = ()
+    cell: Origin | None = None
     command: str
     time: str
 

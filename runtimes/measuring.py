@@ -213,20 +213,13 @@ def run_apart(module: str, job: Strict, env: Mapping[str, str] | None = None) ->
     `env` is added to this process's environment. Raises MissingExtra or EngineError with the process's own sentence
     if it fails.
     """
-    root = str(Path(__file__).resolve().parents[1])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
-            "PYTHONIOENCODING": "utf-8",
-            **(env or {}),
-        },
+        env={**environment(), **(env or {})},
     )
     with process:
         try:
@@ -253,6 +246,13 @@ def failure(module: str, code: int, complained: str) -> MissingExtra | EngineErr
     return EngineError(
         f"the process {module} ended with code {code} and said: {said}; was there enough memory? try a shorter context"
     )
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, in which `python -m` finds Gochu's modules, and speaks UTF-8."""
+    root = str(Path(__file__).resolve().parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"}
 
 
 def _last_words(process: "subprocess.Popen[str]") -> tuple[str, str]:

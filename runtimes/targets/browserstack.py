@@ -1,5 +1,6 @@
-"""Measure on phones of BrowserStack's App Automate, through its REST API
-(https://www.browserstack.com/docs/app-automate/api-reference/espresso/builds, and .../xcuitest/builds).
+"""Measure on phones of BrowserStack's App Automate, through its REST API.
+
+https://www.browserstack.com/docs/app-automate/api-reference/espresso/builds, and .../xcuitest/builds
 
 It takes an app and a UI test (Espresso: .apk and .apk; XCUITest: .ipa and .zip). It has no way to bring a model to the
 device: of files that are no media it takes five of at most 15 MB, and those only as documents (.txt, .csv, .pdf, ...).

@@ -3,9 +3,11 @@ engine that says what a test tells it to."""
 
 import hashlib
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +235,68 @@ def all_logits(toy: Path) -> Path:
     write_graph(folder, all_logits=True)
     write_manifest(folder, variants=[variant(last_logits_only=False)])
     return folder
+
+
+class Kettle:
+    """A target of another package, installed for a test: `calls` says who called it, `go` lets it end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def calls(self) -> list[list[str]]:
+        """Of each call: the process, its parent, the trouble that was asked for, when."""
+        file = self.folder / "calls"
+        return [line.split(" ") for line in file.read_text().splitlines()] if file.exists() else []
+
+    def called(self, times: int) -> list[str]:
+        """Wait for so many calls; the last of them."""
+        while len(self.calls) < times:
+            time.sleep(0.02)
+        return self.calls[times - 1]
+
+    def go(self) -> None:
+        (self.folder / "go").touch()
+
+    def forget(self) -> None:
+        for name in ("calls", "go", "warm"):
+            (self.folder / name).unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def installed_kettle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kettle]:
+    """matrix_kettle.py as pip would leave it, for processes that are started too."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copy(Path(__file__).with_name("matrix_kettle.py"), folder / "teahouse_of_a_test.py")
+    info = folder / "teahouse-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: teahouse\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[gochu.targets]\nkettle = teahouse_of_a_test\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        yield Kettle(folder)
+        sys.modules.pop("teahouse_of_a_test", None)
+
+
+@pytest.fixture
+def kettle(installed_kettle: Kettle) -> Kettle:
+    installed_kettle.forget()
+    return installed_kettle
+
+
+@pytest.fixture
+def matrix_file(tmp_path: Path, toy: Path) -> Callable[[str], Path]:
+    """`matrix_file(text)`: a matrix over the toy bundle, in a folder with a Korean name."""
+
+    def write(text: str, bundles: str | None = None) -> Path:
+        file = tmp_path / "행렬" / "matrix.toml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"bundles = {bundles or [str(toy)]}\n{text}", encoding="utf-8")
+        return file
+
+    return write
 
 
 @pytest.fixture
