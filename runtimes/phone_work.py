@@ -40,8 +40,8 @@ class Asked:
         """UsageError for what is wrong whatever the phone is."""
         if self.runner is None:
             raise UsageError(
-                "target adb needs a program that measures on the phone: name it with --option runner=PATH (llama_main, "
-                "model_benchmark or llama-bench, built for Android; docs/adb.md says where they come from)"
+                "target adb needs a program that measures on the phone: name it with --option runner=PATH, or in "
+                "GOCHU_RUNNERS (llama_main, model_benchmark or llama-bench, built for Android; see docs/adb.md)"
             )
         if not Path(self.runner).exists():
             raise UsageError(

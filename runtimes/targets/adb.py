@@ -54,7 +54,8 @@ def measure(
     """Measure a bundle on connected Android phones: of each phone one measurement for each case of the workload.
 
     `device`: serial numbers, or names (as "Galaxy S24 Ultra", "SM-S928N"), with commas; or `all`; needed if several are
-    connected. `runner`: a program built for the phone, or a folder of such, of which the variant's engine decides.
+    connected. `runner`: a program built for the phone, or a folder of such, of which the variant's engine decides
+    (default: what the environment variable GOCHU_RUNNERS names).
     `libraries`: a folder of shared libraries that it needs. `max_minutes`: for one process of it. `allow_fallback`:
     take figures of the CPU where another processor was asked for. Without `variant` it is the one for the phone's chip,
     else the first for a CPU. `threads`: default what the runner takes.
@@ -67,6 +68,7 @@ def measure(
     """
     bundle = Bundle.open(bundle_path)
     workload = preset(workload) if isinstance(workload, str) else workload
+    runner = runner or os.environ.get("GOCHU_RUNNERS")
     asked = Asked(
         bundle, workload, variant, device, threads, context, runner, libraries, max_minutes, allow_fallback
     )

@@ -440,6 +440,16 @@ def test_several_phones_at_once_and_one_that_fails_loses_nothing_of_the_others(
     assert f"--device {one.serial}" in rows[0].command + rows[1].command
 
 
+def test_runners_can_be_named_once_and_for_all(connect, bundle, runner, monkeypatch) -> None:
+    connect()
+    monkeypatch.setenv("GOCHU_RUNNERS", str(runner("llama_main").parent))
+    (row,) = adb.measure(bundle, "smoke", variant="pte")
+    assert "llama_main" in row.where.engine
+    monkeypatch.setenv("GOCHU_RUNNERS", "nowhere")
+    with pytest.raises(UsageError, match="there is no runner nowhere"):
+        adb.measure(bundle, "smoke", variant="pte")
+
+
 def test_phones_are_called_by_their_names(connect, bundle, runner) -> None:
     connect()
     pixel = connect(**{"ro.product.model": "Pixel 8"})
