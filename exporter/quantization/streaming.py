@@ -209,7 +209,7 @@ def _quantize(
     source: Checkpoint, layer: _Layer, hessians: dict[tuple[str, ...], Tensor], file: Path
 ) -> dict[str, Any]:
     """Quantize a layer's matrices, write those that needed Hessians, and leave in `layer` what all stand for."""
-    found, arrays = dict[str, Any](), dict[str, NDArray[Any]]()
+    found, arrays = dict[str, Any](), dict[str, Any]()
     others = QuantizedWeights(source, layer.decisions)
     shared = {name: hessian for names, hessian in hessians.items() for name in names}
     for name, made in layer.decisions.items():
