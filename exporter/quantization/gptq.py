@@ -98,7 +98,7 @@ def _feed_back(w: Tensor, factor: Tensor, scheme: Scheme, order: Tensor | None) 
     """
     outputs, inputs = w.shape
     size, high = scheme.group or inputs, 2 ** (scheme.bits - 1) - 1
-    w = w.T.contiguous()
+    w = w.T.clone(memory_format=torch.contiguous_format)
     scales = torch.empty(inputs // size, outputs)
     groups = [i // size for i in (range(inputs) if order is None else order.tolist())]
     static = order is not None or scheme.group is None
