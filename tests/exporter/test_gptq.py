@@ -45,7 +45,7 @@ def loss(w: np.ndarray, quantized: np.ndarray, h: torch.Tensor) -> np.ndarray:
 def plain_gptq(w: np.ndarray, h: torch.Tensor, scheme: Scheme, act_order: bool) -> np.ndarray:
     """The paper's first form, in float64: after each input, its row and column leave the inverse Hessian; where an
     output is served better by rounding to nearest, it is rounded."""
-    outputs, inputs = w.shape
+    inputs = w.shape[1]
     size, high = scheme.group or inputs, 2 ** (scheme.bits - 1) - 1
     diagonal = torch.diag(h.double())
     inverse = torch.linalg.inv(h.double() + 0.01 * diagonal.mean() * torch.eye(inputs)).numpy()
