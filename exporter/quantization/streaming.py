@@ -7,7 +7,8 @@ give, as in the GPTQ paper: it can make up for their errors. Within a layer the 
 to quantize it matrix by matrix would take four runs instead of one, for no less error.
 
 Hidden states lie in a file, of which those of about `_TOKENS` tokens are in memory. At the peak memory holds a layer in
-float32, its Hessians, and four more of the size of the widest one while that is factored.
+float32, its Hessians, four more of the size of the widest one while that is factored, and about 0.5 GB for torch and
+the values on their way, however many layers there are (benchmarks/quantization.py --large).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,6 +83,7 @@ def quantize_layers(
             "longer one"
         )
     layers = 1 + max(int(name.split(".")[1]) for name in calibrated(decisions))  # those behind need no inputs
+    total = (2 * layers - 1) * sum(lengths)
     figures: dict[str, Any] = {}
     if not _resumes(work, layers):
         table = QuantizedWeights(source, decisions).matrix("embedding")
@@ -96,7 +98,7 @@ def quantize_layers(
                 for x in _read(folder / _STATES.format(i), arch.hidden, lengths):
                     yield x
                     done += x.shape[0] * x.shape[1]
-                    progress(f"quantize layer {i + 1} of {arch.layers}", done, 2 * layers * sum(lengths))
+                    progress(f"quantize layer {i + 1} of {arch.layers}", done, total)
 
             layer = _Layer(source, decisions, i)
             hessians = _hessians(arch, layer, context, i, batches())

@@ -25,7 +25,7 @@ from exporter.quantization.weights import QuantizedWeights
 from exporter.staging import Staging
 from exporter.torch_ops import TorchOps
 
-IDS = [[0, *range(5, 100)], [0, 9, 8, 7], [0, *range(200, 295)], [], [0, *range(300, 330)]]
+IDS = [*([0, *range(start, start + 95)] for start in (5, 100, 200)), [0, 9, 8, 7], [], [0, *range(300, 330)]]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,9 @@ HOOKED = {"attention.o": "self_attn.o_proj", "mlp.down": "mlp.down_proj"}
 def test_hessians_are_those_that_transformers_gives(family, checkpoints, monkeypatch, tmp_path):
     """Of the first layer, which gets just what the model gets; columns summed up in unequal parts."""
     monkeypatch.setattr(streaming, "_COLUMNS", 100)
-    monkeypatch.setattr(streaming, "_TOKENS", 200)  # two of the sequences go together
+    monkeypatch.setattr(
+        streaming, "_TOKENS", 130
+    )  # two of the long sequences go together, and then the third
     recorded = Recording(monkeypatch)
     run(checkpoints.folder(family), tmp_path / "work", exact_embedding("int8-channel"), context=64)
     model, seen = checkpoints.model(family), dict[str, list[torch.Tensor]]()
@@ -141,6 +143,18 @@ def test_a_recipe_may_give_it_some_weights_only(checkpoints, tmp_path):
     found = run(checkpoints.folder("qwen2"), tmp_path / "work", Recipe(name="some", rules=rules))
     assert sorted(found) == ["layers.1.mlp.down", "layers.1.mlp.gate", "layers.1.mlp.up"]
     assert all(quantized[0].scheme.bits == 4 for quantized, _ in found.values())
+
+
+def test_progress_rises_to_its_end(checkpoints, tmp_path):
+    told: list[tuple[str, int, int]] = []
+    with open_checkpoint(checkpoints.folder("qwen2")) as source:
+        decisions = Recipe.uniform("int4", "gptq").resolve(source.architecture)
+        work = Staging(tmp_path, "x")
+        streaming.quantize_layers(source, decisions, IDS, 96, work, lambda *what: told.append(what))
+    assert list(dict.fromkeys(what for what, _, _ in told)) == [f"quantize layer {i} of 3" for i in (1, 2, 3)]
+    done, totals = [count for _, count, _ in told], {total for _, _, total in told}
+    assert done == sorted(set(done))
+    assert totals == {done[-1]}
 
 
 def test_what_is_looked_up_and_the_head_are_rounded(checkpoints):
