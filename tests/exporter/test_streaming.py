@@ -28,6 +28,12 @@ from exporter.torch_ops import TorchOps
 IDS = [*([0, *range(start, start + 95)] for start in (5, 100, 200)), [0, 9, 8, 7], [], [0, *range(300, 330)]]
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """ExecuTorch's runtime, where a test before loaded it, gave torch a thread for each core, which workers share."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibration text of some hundred tokens."""
