@@ -44,7 +44,12 @@ DeviceOption = Annotated[
 SchemeOption = Annotated[
     str | None, typer.Option(help="fp32, fp16, int8, int4, int4-g128 (default: planned for the device).")
 ]
-AlgorithmOption = Annotated[str, typer.Option(help="How integers are found: rtn (least error), rtn-absmax.")]
+AlgorithmOption = Annotated[
+    str,
+    typer.Option(
+        help="How integers are found: rtn (least error), rtn-absmax; gptq, gptq-act-order (on a calibration text)."
+    ),
+]
 RecipeOption = Annotated[
     str | None,
     typer.Option(
@@ -73,7 +78,7 @@ CalibrationOption = Annotated[
     Path | None,
     typer.Option(
         "--calibration",
-        help="For w8a16 and w4a16: a .txt or .jsonl file of the model's kind of text.",
+        help="For gptq, w8a16 and w4a16: a .txt or .jsonl file of the model's kind of text.",
         dir_okay=False,
     ),
 ]
@@ -96,6 +101,7 @@ def _help(text: str, *examples: str) -> str:
         'gochu export pepper --device "Galaxy S24 Ultra" -o out/',
         "gochu export ./Qwen2.5-0.5B-Instruct --device SM-S928N --scheme int4 -o out/ --json",
         "gochu export org/model --revision main --device 'iPhone 16 Pro' --context 2048 -o out/",
+        "gochu export ./Llama-3.2-1B-Instruct --scheme int4-g128 --algorithm gptq --calibration 대화.jsonl -o out/",
         "gochu export pepper --format executorch --delegate vulkan --device 'Galaxy S24' -o out/",
         "gochu export pepper --delegate hexagon --chips sm8550,sm8650 --scheme int4 -o out/",
         "gochu export pepper --delegate hexagon --device 'Galaxy S23' --recipe hexagon-w4a16 -o out/",
@@ -138,7 +144,8 @@ def export(
             context=context,
             format=format,
             delegate=delegate,
-            wishes=_wishes(chips, split, calibration, allow_cpu_ops),
+            wishes=_wishes(chips, split, allow_cpu_ops),
+            calibration=calibration,
             revision=revision,
             verify=verify,
             force=force,
@@ -200,7 +207,8 @@ def plan(
             context=context,
             format=format,
             delegate=delegate,
-            wishes=_wishes(chips, split, calibration, allow_cpu_ops),
+            wishes=_wishes(chips, split, allow_cpu_ops),
+            calibration=calibration,
         )
     if as_json:
         _print_json({"checkpoint": source.name, **made.to_dict()})
@@ -662,12 +670,12 @@ def score(
         console.show_score(result)
 
 
-def _wishes(chips: str, split: bool, calibration: Path | None, allow_cpu_ops: bool) -> "Wishes | None":
+def _wishes(chips: str, split: bool, allow_cpu_ops: bool) -> "Wishes | None":
     """What is asked of an NPU's compiler, if anything is."""
     from exporter.npu.hexagon_plan import Wishes
 
     listed = tuple(name.strip() for name in chips.split(",") if name.strip())
-    wishes = Wishes(listed, split, calibration, allow_cpu_ops)
+    wishes = Wishes(listed, split, allow_cpu_ops)
     return None if wishes == Wishes() else wishes
 
 

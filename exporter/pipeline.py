@@ -14,8 +14,9 @@ from exporter.formats import DELEGATES, FORMATS, HEXAGON, NEURAL_ENGINE, XNNPACK
 from exporter.gate import verify as run_gate
 from exporter.npu.hexagon_plan import Wishes
 from exporter.plan import Plan, make_plan
-from exporter.quantization.recipe import Recipe
-from exporter.quantization.weights import QuantizedWeights
+from exporter.quantization.calibration import calibration_sequences
+from exporter.quantization.recipe import Recipe, calibrated
+from exporter.quantization.weights import Found, QuantizedWeights, not_found
 from exporter.staging import Staging, discard, files_in, staging, write_whole
 from exporter.tokenizer import TextSide, read_text_side
 from runtimes import extras
@@ -51,6 +52,7 @@ def export(
     format: str | None = None,
     delegate: str | None = None,
     wishes: Wishes | None = None,
+    calibration: Path | None = None,
     verify: bool = True,
     force: bool = False,
     progress: Progress = lambda what, done, total: None,
@@ -58,7 +60,8 @@ def export(
     """Export a checkpoint (folder, repository id, or "pepper") to a bundle at `output`, for a device.
 
     What is not given (scheme, format, context in tokens) is planned for the device. `delegate`, `wishes`: what computes
-    beside the CPU (see `exporter.plan.make_plan`). Without `verify` the bundle says of itself that it is unverified.
+    beside the CPU; `calibration`: a .txt or .jsonl file of the model's kind of text, for what is found on one (see
+    `exporter.plan.make_plan`). Without `verify` the bundle says of itself that it is unverified.
     Every error is a GochuError; after one there is no bundle at `output`, or the one that was there before.
     """
     with open_checkpoint(checkpoint, revision) as source:
@@ -73,17 +76,18 @@ def export(
             format=format,
             delegate=delegate,
             wishes=wishes,
+            calibration=calibration,
         )
         _require_libraries(plan, verify)
         text = read_text_side(source)
         fingerprint = [source.fingerprint(), plan.fingerprint(), text.fingerprint(), _version()]
         with staging(Path(output), fingerprint, force) as stage:
             stage.step("text", lambda folder: _write_text_side(source, text, folder))
-            made = []
+            made, found = [], _calibrate(source, plan, stage, progress)
             for part in _cpu_first(plan):
 
                 def write(folder: Path, part: str = part) -> Any:
-                    return _write_variant(source, plan, part, text, folder, progress)
+                    return _write_variant(source, plan, part, text, found, folder, progress)
 
                 made.append(stage.step(part, write))
             if plan.compilation:
@@ -111,6 +115,8 @@ def _require_libraries(plan: Plan, verify: bool) -> None:
     form = FORMATS[plan.format]
     for library in form.libraries:
         extras.check(library, form.extra)
+    if calibrated(plan.decisions):
+        extras.check("torch", form.extra)
     if verify:
         engine = ENGINES.get(plan.engine)  # there is none for what cannot run here
         for library in ("torch", *([engine.library] if engine and plan.engine == form.engine else ())):
@@ -119,8 +125,24 @@ def _require_libraries(plan: Plan, verify: bool) -> None:
         extras.check(ENGINES[plan.engine].library, ENGINES[plan.engine].extra)
 
 
+def _calibrate(source: Checkpoint, plan: Plan, stage: Staging, progress: Progress) -> Found:
+    """Find the weights whose algorithm needs a calibration text, layer by layer; an earlier run's layers are kept."""
+    if not calibrated(plan.decisions):
+        return not_found
+    from exporter.quantization.streaming import quantize_layers
+
+    sequences = calibration_sequences(source, plan.context, plan.calibration)
+    return quantize_layers(source, plan.decisions, sequences, plan.context, stage.workspace(), progress)
+
+
 def _write_variant(
-    source: Checkpoint, plan: Plan, part: str, text: TextSide, folder: Path, progress: Progress
+    source: Checkpoint,
+    plan: Plan,
+    part: str,
+    text: TextSide,
+    found: Found,
+    folder: Path,
+    progress: Progress,
 ) -> Any:
     """Quantize and write the variant for a delegate (or of the format); its manifest entries as JSON."""
     arch, done = source.architecture, 0
@@ -132,7 +154,7 @@ def _write_variant(
         done += count
         progress(f"quantize {name}", done, arch.parameters)
 
-    weights = QuantizedWeights(source, plan.decisions, advance)
+    weights = QuantizedWeights(source, plan.decisions, advance, found)
     write = _WRITERS[plan.format]
     entries, cache, residency, tools = write(arch, weights, plan, delegate, text, folder)
     one_chip = delegate and plan.device and find_delegate(delegate).for_a_chip

@@ -7,6 +7,7 @@ No rule knows a device by its name.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import profiles
@@ -26,7 +27,9 @@ from exporter.formats import (
 )
 from exporter.npu import ane, hexagon
 from exporter.npu.hexagon_plan import Compilation, Wishes, compilation
-from exporter.quantization.recipe import Decision, Fit, Recipe
+from exporter.quantization.algorithms import DEFAULT, TABLE_DEFAULT, find_algorithm
+from exporter.quantization.calibration import text_digest, text_name
+from exporter.quantization.recipe import Decision, Fit, Recipe, calibrated
 from exporter.quantization.scheme import Scheme, parse_scheme
 from profiles import Chip, Device
 from runtimes.bundle import Choice
@@ -89,7 +92,7 @@ class Plan:
     `device` is None for this computer. `decisions`: canonical tensor name -> scheme and algorithm.
     `delegates`: which compute an ExecuTorch program, a variant for each, the preferred first; `context`: tokens
     that the graph can hold. `warnings`: what the user should know before it starts. `compilation`: what an NPU's
-    compiler is told, where one is used here.
+    compiler is told, where one is used here; `calibration`: the user's text for what is calibrated.
     """
 
     device: Device | None
@@ -105,9 +108,13 @@ class Plan:
     prediction: Prediction
     warnings: tuple[str, ...]
     compilation: Compilation | None = None
+    calibration: Path | None = None
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that determines the exported files, as JSON: equal plans of one model write equal files."""
+        """All that determines the exported files, as JSON: equal plans of one model write equal files.
+
+        RecipeError if the calibration text cannot be read.
+        """
         return {
             "device": self.device.id if self.device else None,
             "format": self.format,
@@ -117,6 +124,7 @@ class Plan:
             "recipe": self.recipe.model_dump(mode="json"),
             "context": self.context,
             "last_logits_only": self.last_logits_only,
+            "calibration": text_digest(self.calibration),
             "compilation": self.compilation.fingerprint() if self.compilation else None,
         }
 
@@ -147,18 +155,21 @@ def make_plan(
     format: str | None = None,
     delegate: str | None = None,
     wishes: Wishes | None = None,
+    calibration: Path | None = None,
 ) -> Plan:
     """Decide what is not given, and refuse what cannot be.
 
     `device`: a name, model code or chip that `profiles.find` knows; None plans for this computer, without a
     memory budget. `context` in tokens. `delegate`: what computes instead of the CPU, which it falls back to;
-    `wishes`: what is asked of its compiler, for delegate "hexagon".
+    `wishes`: what is asked of its compiler, for delegate "hexagon". `calibration`: a text in place of the one that is
+    shipped, for what is calibrated.
 
     Raises:
         PlanRefused: the model does not fit the device's app memory as asked (the message says what would), or
             the context is not one that the model can have, or the engine cannot run its attention.
         RecipeError: no such scheme or algorithm, or a recipe that does not fit the model.
-        UsageError: a recipe together with a scheme or an algorithm; no such format or delegate.
+        UsageError: a recipe together with a scheme or an algorithm; no such format or delegate; a calibration text
+            that nothing needs.
         UnknownDevice, AmbiguousDevice: see `profiles.find`.
     """
     target = profiles.find(device) if device is not None else None
@@ -187,7 +198,7 @@ def make_plan(
     engine = "qnn" if HEXAGON in delegates else form.engine
     form = replace(form, engine=engine, fit=_fit(form, delegates), schemes=by_quality)
     if wishes is not None and HEXAGON not in delegates:
-        raise UsageError("--chips, --calibration, --no-split and --allow-cpu-ops are for --delegate hexagon")
+        raise UsageError("--chips, --no-split and --allow-cpu-ops are for --delegate hexagon")
     if context is not None and context % form.block:
         raise PlanRefused(
             f"a context of {context} tokens was asked for, but {form.name} takes blocks of {form.block}: ask for "
@@ -200,10 +211,19 @@ def make_plan(
         raise PlanRefused(_refusal(arch, target, form, next(iter(offered)), contexts, context))
     asked = context is not None
     plan = _plan(arch, target, form, delegates, chosen, why_format, offered[chosen.recipe], asked)
+    static = HEXAGON in delegates and any(made.scheme.is_static for made in plan.decisions.values())
+    if calibration is not None and not static and not calibrated(plan.decisions):
+        raise UsageError(
+            "--calibration is for what is found on a text, gptq's weights and Hexagon's ranges of w8a16 and w4a16, and "
+            "nothing here is: drop it, or ask for --algorithm gptq"
+        )
+    plan = replace(
+        plan, calibration=calibration, choices=(*plan.choices, *_calibration(plan.decisions, calibration))
+    )
     if HEXAGON not in delegates:
         return plan
     weights = {name: decision.scheme for name, decision in plan.decisions.items()}
-    compiled = compilation(arch, weights, target, wishes or Wishes())
+    compiled = compilation(arch, weights, target, wishes or Wishes(), calibration)
     return replace(plan, compilation=compiled, choices=(*plan.choices, *compiled.choices(arch, weights)))
 
 
@@ -469,6 +489,7 @@ def _plan(
         *_npu(arch, device, form, chosen.context),
         Choice(topic="scheme", value=chosen.recipe.name, reason=why),
         *_deviations(chosen.recipe, chosen.decisions),
+        *_algorithms(chosen.decisions),
         _activations(form, delegates, chosen.decisions),
         _context(arch, device, chosen, asked),
         _entry_points(form, delegates),
@@ -589,6 +610,25 @@ def _activations(form: Format, delegates: tuple[str, ...], decisions: Mapping[st
     kinds = sorted({decision.scheme.activations for decision in decisions.values()}, reverse=True)
     reasons = [_ACTIVATIONS[kind].format(scale=_ROUNDED[form.name]) for kind in kinds]
     return Choice(topic="activations", value=" and ".join(kinds), reason="; ".join(reasons))
+
+
+def _algorithms(decisions: Mapping[str, Decision]) -> Iterator[Choice]:
+    """How integers and tables are found, where it is not the schemes' own way; floats are only converted."""
+    found = {made.algorithm: made.scheme for made in decisions.values() if not made.scheme.is_float}
+    if found.keys() <= {DEFAULT, TABLE_DEFAULT}:
+        return
+    for name, scheme in found.items():
+        some = [tensor for tensor, made in decisions.items() if made.algorithm == name]
+        where = "" if len(found) == 1 else f" for {len(some)} tensor{'s' if len(some) > 1 else ''}"
+        yield Choice(topic="algorithm", value=name + where, reason=find_algorithm(name, scheme).reason)
+
+
+def _calibration(decisions: Mapping[str, Decision], texts: Path | None) -> Iterator[Choice]:
+    """The text that weights are calibrated on, where they are."""
+    if calibrated(decisions):
+        why = "the layers' activations on it say which weights matter: Korean, English, code and numbers, or for "
+        why += "pepper what it was trained on; the model runs on it here, layer by layer"
+        yield Choice(topic="calibration", value=text_name(texts), reason=why)
 
 
 def _context(arch: Architecture, device: Device | None, chosen: _Candidate, asked: bool) -> Choice:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from runtimes.bundle import MANIFEST, FileEntry, file_sha256
 
 _PROGRESS = ".progress.json"
 _LOCK = ".lock"
+_WORK = ".work"
 
 
 class Staging:
@@ -30,11 +31,28 @@ class Staging:
         self._fingerprint = fingerprint
         self._steps: dict[str, dict[str, Any]] = self._load()
 
-    def step(self, name: str, make: Callable[[Path], Any]) -> Any:
-        """Run `make(folder)`, or take its result (JSON) from an earlier run that was cut off."""
+    def workspace(self) -> "Staging":
+        """A folder within for steps whose files are no part of the output; it goes when the output stands."""
+        folder = self.folder / _WORK
+        folder.mkdir(exist_ok=True)
+        return Staging(folder, self._fingerprint)
+
+    def clear(self) -> None:
+        """Forget all steps: the next one begins anew."""
+        self._steps.clear()
+
+    def is_done(self, name: str) -> bool:
+        """Whether an earlier run made this step, and its files are intact."""
         done = self._steps.get(name)
-        if done and all(self._intact(FileEntry(**entry)) for entry in done["files"]):
-            return done["result"]
+        return done is not None and all(self._intact(FileEntry(**entry)) for entry in done["files"])
+
+    def step(self, name: str, make: Callable[[Path], Any], spent: Iterable[str] = ()) -> Any:
+        """Run `make(folder)`, or take its result (JSON) from an earlier run that was cut off.
+
+        `spent`: files of earlier steps that go when this one is done; those steps count as done without them.
+        """
+        if self.is_done(name):
+            return self._steps[name]["result"]
         others = [step for other, step in self._steps.items() if other != name]
         before = {entry["path"] for step in others for entry in step["files"]}
         self._remove(self._files() - before)
@@ -45,8 +63,12 @@ class Staging:
             raise
         files = [self._entry(path).model_dump() for path in sorted(self._files() - before)]
         self._steps[name] = {"result": result, "files": files}
+        gone = set(spent)
+        for step in self._steps.values():
+            step["files"] = [entry for entry in step["files"] if entry["path"] not in gone]
         text = json.dumps({"fingerprint": self._fingerprint, "steps": self._steps}, ensure_ascii=False)
         write_whole(self.folder / _PROGRESS, text)
+        self._remove(gone)
         return result
 
     def entries(self) -> tuple[FileEntry, ...]:
@@ -62,7 +84,8 @@ class Staging:
         return saved["steps"] if saved.get("fingerprint") == self._fingerprint else {}
 
     def _files(self) -> set[str]:
-        return files_in(self.folder) - {_PROGRESS, _LOCK, MANIFEST}
+        names = files_in(self.folder) - {_PROGRESS, _LOCK, MANIFEST}
+        return {name for name in names if not name.startswith(f"{_WORK}/")}
 
     def _remove(self, names: set[str]) -> None:
         for name in names:
@@ -102,6 +125,7 @@ def staging(output: Path, fingerprint: Any, force: bool = False) -> Iterator[Sta
                 ) from None
             stage = Staging(folder, digest)
             yield stage
+            shutil.rmtree(folder / _WORK, ignore_errors=True)
             for name in (_PROGRESS, _LOCK):
                 (folder / name).unlink()
             _replace(folder, output)

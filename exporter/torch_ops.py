@@ -1,6 +1,6 @@
 """The decoder on tensors: the reference that every format is held against."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -120,6 +120,15 @@ def look_up(tokens: Tensor, table: QuantizedTensor) -> Tensor:
     ids, places = np.unique(tokens.numpy(), return_inverse=True)
     rows = np.stack([table.dequantize(i, i + 1)[0] for i in ids])
     return torch.from_numpy(rows)[torch.from_numpy(places).reshape(tokens.shape)]
+
+
+def embedded(
+    arch: Architecture, table: QuantizedTensor, sequences: Iterable[Sequence[int]], context: int
+) -> Iterator[Tensor]:
+    """What the first layer gets of each token sequence, cut to `context` tokens: [1, length, hidden]."""
+    for sequence in sequences:
+        if sequence:
+            yield look_up(torch.tensor([list(sequence)[:context]]), table) * arch.embedding_scale
 
 
 def product(x: Tensor, matrix: QuantizedTensor) -> Tensor:

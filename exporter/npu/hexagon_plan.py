@@ -1,6 +1,5 @@
 """What Qualcomm's compiler is told, and why: for which chips, in how many graphs, by which route."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +7,9 @@ from typing import Any
 
 import profiles
 from exporter.architecture import Architecture
-from exporter.errors import PlanRefused, RecipeError, UsageError
+from exporter.errors import PlanRefused, UsageError
 from exporter.npu import hexagon
+from exporter.quantization.calibration import text_name
 from exporter.quantization.scheme import Scheme
 from profiles import Chip, Device
 from runtimes.bundle import Choice
@@ -21,38 +21,31 @@ Schemes = Mapping[str, Scheme]  # by the canonical name of a matrix
 @dataclass(frozen=True)
 class Wishes:
     """What the user may ask for. `chips`: ids, or "all" alone (none: the device's); `split`: into several graphs
-    where one is too large; `calibration`: the text on which ranges of activations are found (None: the one that is
-    shipped); `allow_cpu_ops`: accept operations that the NPU does not take."""
+    where one is too large; `allow_cpu_ops`: accept operations that the NPU does not take."""
 
     chips: tuple[str, ...] = ()
     split: bool = True
-    calibration: Path | None = None
     allow_cpu_ops: bool = False
 
 
 @dataclass(frozen=True)
 class Compilation:
     """What is compiled: a variant for each of `chips`; `parts` are the layers of each graph, `route` how weights
-    reach the NPU (see `hexagon.route`)."""
+    reach the NPU (see `hexagon.route`); `calibration` is the text on which ranges of activations are found (None: the
+    one that is shipped)."""
 
     chips: tuple[Chip, ...]
     parts: tuple[range, ...]
     route: str
     wishes: Wishes
+    calibration: Path | None = None
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that determines the compiled files, as JSON. RecipeError if the calibration text cannot be read."""
-        text, file = None, self.wishes.calibration
-        if file is not None:
-            try:
-                text = hashlib.sha256(file.read_bytes()).hexdigest()
-            except OSError as error:
-                raise RecipeError(f"{file} cannot be read: {error.strerror}") from None
+        """All that determines the compiled files beside the calibration text, as JSON."""
         return {
             "chips": [chip.id for chip in self.chips],
             "parts": [[part.start, part.stop] for part in self.parts],
             "route": self.route,
-            "calibration": text,
             "allow_cpu_ops": self.wishes.allow_cpu_ops,
         }
 
@@ -70,20 +63,25 @@ class Compilation:
             why += f"; layers {', '.join(f'{part.start}-{part.stop - 1}' for part in self.parts)}"
         yield Choice(topic="graphs", value=f"{len(self.parts)} for each entry point", reason=why)
         if self.route == hexagon.QUANTIZED:
-            text = self.wishes.calibration.name if self.wishes.calibration else "the text that is shipped"
             why = "the range of each activation is found on it before, in Korean, English and code, or for pepper on "
             why += "what it was trained on; the KV cache has 8 bits"
-            yield Choice(topic="calibration", value=text, reason=why)
+            yield Choice(topic="calibration", value=text_name(self.calibration), reason=why)
         if self.wishes.allow_cpu_ops:
             why = "as asked for: operations that the NPU does not take may run on the CPU"
             yield Choice(topic="CPU operations", value="allowed", reason=why)
 
 
-def compilation(arch: Architecture, schemes: Schemes, device: Device | None, wishes: Wishes) -> Compilation:
+def compilation(
+    arch: Architecture,
+    schemes: Schemes,
+    device: Device | None,
+    wishes: Wishes,
+    calibration: Path | None = None,
+) -> Compilation:
     """What to compile. PlanRefused if a chip cannot have it or no chip is named, UsageError for an unknown chip."""
     chips = _chips(device, wishes.chips, schemes)
     parts = hexagon.split(arch, schemes, forbidden=not wishes.split)
-    return Compilation(chips, parts, hexagon.common_route(schemes.values()), wishes)
+    return Compilation(chips, parts, hexagon.common_route(schemes.values()), wishes, calibration)
 
 
 def _chips(device: Device | None, asked: Sequence[str], schemes: Schemes) -> tuple[Chip, ...]:

@@ -18,7 +18,7 @@ from exporter.quantization.ranges import MinMax, Observers, Percentile, Range, R
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor
 from exporter.quantization.weights import Weights
-from exporter.torch_ops import look_up, pieces, product
+from exporter.torch_ops import embedded, pieces, product
 
 RULES = (
     Rule("*.attention.keys", partial(Percentile, 99.99)),
@@ -137,9 +137,7 @@ def calibrate(
     table = weights.matrix("embedding")
     for rows in pieces(table):  # all of it: which tokens come is not known, and a lookup costs no accuracy
         observe(EMBEDDING, rows * arch.embedding_scale)
-    hidden = [
-        look_up(torch.tensor([list(s)[:context]]), table) * arch.embedding_scale for s in sequences if s
-    ]
+    hidden = list(embedded(arch, table, sequences, context))
     del table
     for i in range(arch.layers):
         hidden = [_layer(graph, arch, context, i, x, chunk) for x in hidden]

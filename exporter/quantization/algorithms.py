@@ -1,23 +1,60 @@
-"""The registry of algorithms: how integers and tables are found, by name.
-
-An algorithm is a function (Matrix, Scheme) -> (QuantizedTensor, relative squared error, largest error).
-"""
+"""The registry of algorithms: how integers and tables are found, by name, and what each one needs to know."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from exporter.checkpoint import Matrix
 from exporter.errors import RecipeError
 from exporter.quantization.palettize import quantize_kmeans
-from exporter.quantization.rtn import quantize_absmax, quantize_mse
+from exporter.quantization.rtn import Quantized, quantize_absmax, quantize_mse
 from exporter.quantization.scheme import Scheme
-from exporter.quantization.tensor import QuantizedTensor
 
-Algorithm = Callable[[Matrix, Scheme], tuple[QuantizedTensor, float, float]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """How weights become integers or tables, by one of two functions: from the weights alone, or also from the
+    Hessian of their inputs on a calibration text, float32 [inputs, inputs] (see `quantization.streaming`); the latter
+    also gives a note on what it could not do as usual. `reason` is for the plan."""
+
+    reason: str
+    from_weights: Callable[[Matrix, Scheme], Quantized] | None = None
+    from_hessian: Callable[[Matrix, Scheme, "Tensor"], tuple[Quantized, str]] | None = None
+
+
+def _gptq(
+    matrix: Matrix, scheme: Scheme, hessian: "Tensor", *, act_order: bool = False
+) -> tuple[Quantized, str]:
+    from exporter.quantization.gptq import quantize_gptq  # here: it is the only one that needs torch
+
+    return quantize_gptq(matrix, scheme, hessian, act_order=act_order)
+
 
 DEFAULT = "rtn"
-ALGORITHMS: dict[str, Algorithm] = {DEFAULT: quantize_mse, "rtn-absmax": quantize_absmax}
+ALGORITHMS = {
+    DEFAULT: Algorithm("the nearest integers, at the scales of least squared error", quantize_mse),
+    "rtn-absmax": Algorithm(
+        "the nearest integers, at scales that the largest weight sets: the quickest", quantize_absmax
+    ),
+    "gptq": Algorithm(
+        "each weight's rounding error is made up for by those rounded after it, as the calibration text's activations "
+        "weigh them (Frantar et al. 2022, arXiv 2210.17323)",
+        from_hessian=_gptq,
+    ),
+    "gptq-act-order": Algorithm(
+        "GPTQ (Frantar et al. 2022, arXiv 2210.17323) that rounds the weights of the largest activations first, at "
+        "scales found before",
+        from_hessian=partial(_gptq, act_order=True),
+    ),
+}
 TABLE_DEFAULT = "kmeans"
-TABLE_ALGORITHMS: dict[str, Algorithm] = {TABLE_DEFAULT: quantize_kmeans}
+TABLE_ALGORITHMS = {
+    TABLE_DEFAULT: Algorithm("tables of nearly the least squared error", quantize_kmeans),
+}
 
 
 def resolve_algorithm(name: str, scheme: Scheme) -> str:
@@ -26,8 +63,8 @@ def resolve_algorithm(name: str, scheme: Scheme) -> str:
     RecipeError for a name that there is not, or that finds no such weights.
     """
     name = TABLE_DEFAULT if scheme.table and name == DEFAULT else name
-    find_algorithm(name, scheme)
-    return name
+    found = find_algorithm(name, scheme)
+    return DEFAULT if scheme.is_float and found.from_hessian else name  # floats are only converted
 
 
 def find_algorithm(name: str, scheme: Scheme) -> Algorithm:

@@ -1,6 +1,7 @@
-"""The texts on which ranges are found, as token ids: a model's own kind of text, whole conversations, more than a
-chunk long."""
+"""The texts on which ranges and Hessians are found, as token ids: a model's own kind of text, whole conversations, more
+than a chunk long."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -15,8 +16,22 @@ from runtimes.tokenizer import Tokenizer
 
 TEXTS = Path(__file__).parent / "calibration.jsonl"  # Korean, English, code, numbers and chat
 LONGEST = 512  # tokens of a sequence
-MOST = 16_384  # tokens in all: more than these move no range by much
+MOST = 16_384  # tokens in all: more than these move no range by much, and no Hessian
 _PEPPER_TURNS = (*(1,) * 48, *(2, 3) * 6, 12)  # of each of pepper's conversations, which are short
+
+
+def text_digest(texts: Path | None) -> str | None:
+    """SHA-256 of the user's text, None if there is none; RecipeError if it cannot be read."""
+    try:
+        return hashlib.sha256(texts.read_bytes()).hexdigest() if texts else None
+    except OSError as error:
+        raise RecipeError(f"calibration text {texts} cannot be read: {error.strerror}") from None
+
+
+def text_name(texts: Path | None) -> str:
+    """What a plan calls it."""
+    return texts.name if texts else "the text that is shipped"
+
 
 Conversation = Sequence[Message]
 

@@ -1,7 +1,7 @@
 """Which tensor gets which scheme: ordered rules over canonical names, the first that matches wins."""
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exporter.architecture import Architecture
 from exporter.errors import RecipeError
-from exporter.quantization.algorithms import DEFAULT, resolve_algorithm
+from exporter.quantization.algorithms import DEFAULT, find_algorithm, resolve_algorithm
 from exporter.quantization.scheme import Scheme, fit_scheme, parse_scheme
 
 Fit = Callable[[Scheme], tuple[Scheme, str]]
@@ -61,6 +61,11 @@ class Recipe(BaseModel):
             scheme, why = fit(scheme)
             note = "; ".join(filter(None, (note, why)))
             algorithm = resolve_algorithm(rule.algorithm, scheme)
+            if not name.startswith("layers.") and find_algorithm(algorithm, scheme).from_hessian:
+                note = "; ".join(
+                    filter(None, (note, f"{algorithm} is for the layers' weights: {DEFAULT} here"))
+                )
+                algorithm = DEFAULT
             decisions[name] = Decision(scheme, algorithm, note or rule.reason)
         if idle := [rule.match for rule in self.rules if rule not in used]:
             raise RecipeError(
@@ -76,6 +81,13 @@ class Decision:
     scheme: Scheme
     algorithm: str
     note: str = ""
+
+
+def calibrated(decisions: Mapping[str, Decision]) -> list[str]:
+    """The weights whose algorithm needs the Hessian of their inputs on a calibration text."""
+    return [
+        name for name, made in decisions.items() if find_algorithm(made.algorithm, made.scheme).from_hessian
+    ]
 
 
 SHIPPED = Path(__file__).parent / "recipes"

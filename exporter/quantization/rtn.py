@@ -30,12 +30,32 @@ _LARGE = 256
 
 def quantize_mse(matrix: Matrix, scheme: Scheme) -> Quantized:
     """Round to nearest with the scales of least squared error (floats are only converted)."""
-    return _quantize(matrix, scheme, _search if scheme.bits == 4 else _absmax)
+    return _quantize(matrix, scheme, _least_error(scheme))
+
+
+def mse_scales(w: NDArray[np.float32], scheme: Scheme) -> NDArray[np.float32]:
+    """Scales [n] as `quantize_mse` finds them, of groups that lie across the columns of `w` [group, n].
+
+    The weights must be finite, and such that the scales can hold them.
+    """
+    high = 2 ** (scheme.bits - 1) - 1
+    scales = np.empty(w.shape[1], np.float32)
+    step = max(1, _BLOCK // len(w))
+    for start in range(0, len(scales), step):
+        part = w[:, start : start + step]
+        absmax = np.maximum(part.max(axis=0), -part.min(axis=0))
+        scales[start : start + step] = _least_error(scheme)(part, absmax, -high - 1, high)
+    return scales
 
 
 def quantize_absmax(matrix: Matrix, scheme: Scheme) -> Quantized:
     """Round to nearest with absmax scales: the quickest."""
     return _quantize(matrix, scheme, _absmax)
+
+
+def _least_error(scheme: Scheme) -> Callable[..., NDArray[np.float32]]:
+    """How the scales of least squared error are chosen; of 8 bits absmax's are as good."""
+    return _search if scheme.bits == 4 else _absmax
 
 
 def _quantize(matrix: Matrix, scheme: Scheme, choose: Callable[..., NDArray[np.float32]]) -> Quantized:

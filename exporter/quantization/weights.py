@@ -12,6 +12,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.errors import RecipeError
 from exporter.quantization.algorithms import find_algorithm
 from exporter.quantization.recipe import Decision
+from exporter.quantization.rtn import Quantized
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor, vector_digest
 from exporter.quantization.threads import threads
@@ -35,16 +36,42 @@ class Weights(Protocol):
         """A norm's weight or a bias."""
 
 
+def refuse_lost(name: str, scheme: Scheme, error: float) -> None:
+    """RecipeError if so much of a weight is lost that it is not quantized; `error` is relative and squared."""
+    if not error <= LARGEST_ERROR:  # so that a NaN is refused
+        raise RecipeError(
+            f"{name} would not survive {scheme.name} (relative squared error {error:.2g}, at most "
+            f"{LARGEST_ERROR} is allowed): most of its weights are too small for that and become zero; keep it "
+            f'exact with a recipe whose first rule is match = "{name}", scheme = "fp32"'
+        )
+
+
+Found = Callable[[str], tuple[Quantized, str]]  # what was found for a weight before, and a note on it
+
+
+def not_found(name: str) -> tuple[Quantized, str]:
+    """`Found` where nothing was."""
+    raise RecipeError(
+        f"the algorithm for {name} needs a calibration run, which this use of the weights has none of: export the "
+        "model, or use rtn"
+    )
+
+
 class QuantizedWeights:
-    """A checkpoint's weights, quantized when asked for; `reports` tells of all that were."""
+    """A checkpoint's weights, quantized when asked for; `reports` tells of all that were.
+
+    `found`: the weights whose algorithm needs a calibration text (see `quantization.streaming`).
+    """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         decisions: Mapping[str, Decision],
         progress: Callable[[str, int], None] = lambda name, weights: None,
+        found: Found = not_found,
     ) -> None:
         self._checkpoint, self._decisions, self._progress = checkpoint, decisions, progress
+        self._found = found
         self._reports: dict[str, Future[TensorReport]] = {}  # digests, found while the next weight is made
 
     @property
@@ -59,14 +86,13 @@ class QuantizedWeights:
     def matrix(self, name: str) -> QuantizedTensor:
         """Read, quantize and report one weight matrix; RecipeError if its scheme loses most of it."""
         decision = self._decisions[name]
-        source = self._checkpoint.matrix(name)
-        tensor, error, worst = find_algorithm(decision.algorithm, decision.scheme)(source, decision.scheme)
-        if not error <= LARGEST_ERROR:  # so that a NaN is refused
-            raise RecipeError(
-                f"{name} would not survive {decision.scheme.name} (relative squared error {error:.2g}, at most "
-                f"{LARGEST_ERROR} is allowed): most of its weights are too small for that and become zero; keep it "
-                f'exact with a recipe whose first rule is match = "{name}", scheme = "fp32"'
-            )
+        algorithm, note = find_algorithm(decision.algorithm, decision.scheme), ""
+        if algorithm.from_weights:
+            quantized = algorithm.from_weights(self._checkpoint.matrix(name), decision.scheme)
+        else:
+            quantized, note = self._found(name)
+        tensor, error, worst = quantized
+        refuse_lost(name, decision.scheme, error)
 
         def report() -> TensorReport:
             return TensorReport(
@@ -78,7 +104,7 @@ class QuantizedWeights:
                 error=error,
                 max_error=worst,
                 digest=tensor.digest(),
-                note=decision.note,
+                note="; ".join(filter(None, (decision.note, note))),
             )
 
         self._reports[name] = threads().submit(report)

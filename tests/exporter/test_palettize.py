@@ -478,6 +478,7 @@ def test_a_recipe_mixes_tables_and_integers():
     [
         ("int4", "kmeans", "kmeans finds lookup tables, and int4 has none: use one of rtn, rtn-absmax"),
         ("fp16", "kmeans", "kmeans finds lookup tables, and fp16 has none"),
+        ("pal4", "gptq", "gptq finds scales, and pal4 has none: use one of kmeans"),
         ("pal4", "rtn-absmax", "rtn-absmax finds scales, and pal4 has none: use one of kmeans"),
         ("pal4", "magic", "there is no algorithm 'magic': use one of kmeans"),
     ],

@@ -128,6 +128,60 @@ def test_files_in_folders_are_kept_and_removed_with_them(tmp_path):
     assert (out / "m.mlpackage" / "Data" / "w").read_text(encoding="utf-8") == "1"
 
 
+def test_what_is_spent_goes_when_the_step_that_spends_it_is_done(tmp_path):
+    out = tmp_path / "out"
+
+    def spends(at: Path) -> None:
+        assert (at / "a").read_text(encoding="utf-8") == "1"
+        (at / "c").write_text("3", encoding="utf-8")
+
+    def fails(at: Path) -> None:
+        raise Crash
+
+    def run(second: Any) -> None:
+        with staging(out, 1) as stage:
+            stage.step("one", two_files)
+            stage.step("two", second, spent=["a"])
+            assert not (stage.folder / "a").exists()
+            raise Crash
+
+    with pytest.raises(Crash):
+        run(fails)
+    assert (tmp_path / ".out.partial" / "a").is_file()  # it will be needed again
+    with pytest.raises(Crash):
+        run(spends)
+    assert not (tmp_path / ".out.partial" / "a").exists()
+    with staging(out, 1) as stage:
+        assert stage.step("one", never) == "made"
+        stage.step("two", never, spent=["a"])
+    assert contents(out) == {"b": b"2", "c": b"3"}
+
+
+def test_a_workspace_is_kept_for_a_rerun_and_no_part_of_the_output(tmp_path):
+    out = tmp_path / "out"
+
+    def cut_off() -> None:
+        with staging(out, 1) as stage:
+            stage.workspace().step("hidden", two_files)
+            stage.step("shown", lambda at: write_whole(at / "c", "3"))
+            raise Crash
+
+    with pytest.raises(Crash):
+        cut_off()
+    with staging(out, 1) as stage:
+        work = stage.workspace()
+        assert work.is_done("hidden")
+        assert work.step("hidden", never) == "made"
+        stage.step("shown", never)
+        assert [entry.path for entry in stage.entries()] == ["c"]
+    assert contents(out) == {"c": b"3"}
+    shutil.rmtree(out)
+    with pytest.raises(Crash):
+        cut_off()
+    with staging(out, 2) as stage:  # another export
+        assert not stage.workspace().is_done("hidden")
+
+
 def test_another_export_takes_nothing_up(tmp_path):
     out = tmp_path / "out"
     crash_after_one(out, fingerprint={"scheme": "int8"})

@@ -1,0 +1,129 @@
+"""GPTQ: what rounding one weight loses is made up for by the weights that are rounded after it.
+
+Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, 2022,
+arxiv.org/abs/2210.17323. An output's error on the calibration text is (w - q) H (w - q)ᵀ, where H = X Xᵀ is the same
+for all outputs. Inputs are rounded one after another; each one's error goes to those that come, by the rows of U,
+where UᵀU = H⁻¹ (the paper's Cholesky form), within a block at once and to those behind it together.
+
+Three things differ from the paper. A group's scale is the one of least squared error (`quantization.rtn`), on the
+portable grid, found when the group is reached. An input that the calibration text never used keeps its weights, nearest
+integers as without a text: another text may use it. And an output that rounding to nearest serves better on H, which
+feedback alone does not rule out, is rounded to nearest: no output's error is ever larger than without GPTQ.
+"""
+
+import torch
+from torch import Tensor
+
+from exporter.checkpoint import Matrix
+from exporter.errors import RecipeError
+from exporter.quantization.rtn import Quantized, mse_scales, quantize_mse
+from exporter.quantization.scheme import Scheme
+from exporter.quantization.tensor import QuantizedTensor, pack4
+from exporter.safetensors import to_float32
+
+DAMPINGS = (0.01, 0.1, 1.0)  # of the mean of H's diagonal, tried in this order
+BLOCK = 128  # inputs whose errors reach those behind them together; groups divide it or are its multiples
+_AT_ONCE = 1 << 23  # weights in memory as float32; outputs do not depend on each other
+
+
+@torch.no_grad()
+def quantize_gptq(
+    matrix: Matrix, scheme: Scheme, hessian: Tensor, *, act_order: bool = False
+) -> tuple[Quantized, str]:
+    """Integers of least error on the inputs that `hessian` is of, and a note where it needed more damping.
+
+    `hessian`: the mean of x xᵀ over the weight's inputs x, float32 [inputs, inputs]. `act_order`: inputs with the
+    largest activations first, while they can still be made up for; groups then keep the scales of the weights as they
+    were, so that they stay what they are in every format. RecipeError if the Hessian is not one.
+    """
+    nearest, _, _ = quantize_mse(matrix, scheme)  # which refuses weights that the scheme cannot hold
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
+    factor, note = _factor(matrix.name, hessian if order is None else hessian[order][:, order])
+    outputs, inputs = matrix.shape
+    squared = power = worst = 0.0
+    data, scales = nearest.data, nearest.scales
+    assert scales is not None, "floats and tables have no Hessian to follow"
+    step = max(1, _AT_ONCE // inputs)
+    for start in range(0, outputs, step):
+        stop = min(start + step, outputs)
+        w = torch.tensor(to_float32(matrix.rows(start, stop)))
+        q, found = _feed_back(w, factor, scheme, order)
+        error = w - (q.reshape(*found.shape, -1) * found[..., None]).reshape(w.shape)
+        plain = w - torch.from_numpy(nearest.dequantize(start, stop))
+        better = _cost(error, hessian) < _cost(plain, hessian)
+        error = torch.where(better[:, None], error, plain)
+        biased = (q + 2 ** (scheme.bits - 1)).to(torch.uint8).numpy()
+        chosen = better.numpy()
+        data[start:stop][chosen] = (pack4(biased) if scheme.bits == 4 else biased)[chosen]
+        scales[start:stop][chosen] = found.numpy()[chosen]
+        squared += float(error.square().sum())
+        power += float(w.square().sum())
+        worst = max(worst, float(error.abs().max()))
+    tensor = QuantizedTensor(matrix.name, scheme, matrix.shape, data, scales)
+    return (tensor, squared / power if power else float(worst > 0), worst), note
+
+
+def _factor(name: str, hessian: Tensor) -> tuple[Tensor, str]:
+    """The upper triangular U with UᵀU = H⁻¹, H damped as little as makes it positive definite; and a note if that is
+    more than usual."""
+    diagonal = hessian.diagonal()
+    if not torch.isfinite(hessian).all():
+        raise RecipeError(
+            f"the inputs of {name} became NaN or infinite on the calibration text: the weights before it do not work"
+        )
+    mean = (
+        float(diagonal.mean()) or 1.0
+    )  # nothing was ever active: H is the identity, which rounds to nearest
+    for damping in DAMPINGS:
+        # From H = RRᵀ, R upper triangular, which is Cholesky's factor read backwards: U is R⁻¹
+        backwards = hessian.flip(0, 1)
+        backwards.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(backwards)
+        del backwards
+        if not failed:
+            upper = lower.flip(0, 1)
+            del lower
+            note = f"GPTQ's Hessian needed damping {damping:g}" if damping != DAMPINGS[0] else ""
+            return torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True), note
+    raise RecipeError(
+        f"the Hessian of {name}'s inputs is not positive definite even with {DAMPINGS[-1]:g} times its mean diagonal "
+        "added: give a longer calibration text, or use rtn for it in a recipe"
+    )
+
+
+def _feed_back(w: Tensor, factor: Tensor, scheme: Scheme, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Integers (as float32) [outputs, inputs] and scales [outputs, groups] of weights [outputs, inputs].
+
+    Inputs lie in rows here, so that a step works on a row and a group's scales are found as `rtn` finds them.
+    """
+    outputs, inputs = w.shape
+    size, high = scheme.group or inputs, 2 ** (scheme.bits - 1) - 1
+    w = w.T.clone(memory_format=torch.contiguous_format)
+    scales = torch.empty(inputs // size, outputs)
+    groups = [i // size for i in (range(inputs) if order is None else order.tolist())]
+    static = order is not None or scheme.group is None
+    if static:
+        for group, rows in enumerate(w.split(size)):
+            scales[group] = torch.from_numpy(mse_scales(rows.numpy(), scheme))
+    if order is not None:
+        w = w[order]
+    q = torch.empty_like(w)
+    for start in range(0, inputs, BLOCK):
+        stop = min(start + BLOCK, inputs)
+        errors = torch.empty(stop - start, outputs)
+        for i in range(start, stop):
+            if not static and i % size == 0:
+                scales[groups[i]] = torch.from_numpy(mse_scales(w[i : i + size].numpy(), scheme))
+            scale, error = scales[groups[i]], errors[i - start]
+            torch.div(w[i], scale, out=q[i]).round_().clamp_(-high - 1, high)
+            torch.addcmul(w[i], q[i], scale, value=-1, out=error).div_(factor[i, i])
+            w[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
+        w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    if order is not None:
+        q[order] = q.clone()
+    return q.T, scales.T
+
+
+def _cost(error: Tensor, hessian: Tensor) -> Tensor:
+    """Each output's mean squared error on the inputs: e H eᵀ, [outputs]."""
+    return (error @ hessian).mul_(error).sum(1)
