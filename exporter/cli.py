@@ -6,6 +6,8 @@ text that a model generates; everything else goes to standard error.
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -133,7 +135,7 @@ def export(
     from exporter.pipeline import export
     from runtimes.engines import runs_here
 
-    with console.progress() as progress:
+    with console.progress() as progress, _told_when_stopped():
         bundle = export(
             checkpoint,
             output,
@@ -670,6 +672,16 @@ def score(
         console.show_score(result)
 
 
+@contextmanager
+def _told_when_stopped() -> Iterator[None]:
+    """Ctrl-C loses nothing: say so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("gochu: stopped; the same command goes on where it was", file=sys.stderr)
+        raise
+
+
 def _wishes(chips: str, split: bool, allow_cpu_ops: bool) -> "Wishes | None":
     """What is asked of an NPU's compiler, if anything is."""
     from exporter.npu.hexagon_plan import Wishes
@@ -704,9 +716,6 @@ def main() -> None:
     except GochuError as error:
         print(f"gochu: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("gochu: stopped; a rerun of an export goes on where it was", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ class Export(Strict):
             self.checkpoint,
             output,
             wishes=self._wishes(),
+            calibration=Path(self.calibration) if self.calibration else None,
             recipe=find_recipe(self.recipe) if self.recipe else None,
             **self.model_dump(
                 exclude={"checkpoint", "output", "chips", "allow_cpu_ops", "split", "calibration", "recipe"}
@@ -87,8 +88,7 @@ class Export(Strict):
     def _wishes(self) -> Any:
         from exporter.npu.hexagon_plan import Wishes
 
-        calibration = Path(self.calibration) if self.calibration else None
-        wishes = Wishes(self.chips, self.split, calibration, self.allow_cpu_ops)
+        wishes = Wishes(self.chips, self.split, self.allow_cpu_ops)
         return None if wishes == Wishes() else wishes
 
     def _made(self, output: Path) -> dict[str, Any]:

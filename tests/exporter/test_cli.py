@@ -227,6 +227,16 @@ def test_a_prompt_that_is_not_unicode(gochu, pepper):
     assert "UTF-8" in err
 
 
+def test_ctrl_c_says_that_nothing_is_lost(gochu, monkeypatch, tmp_path):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("exporter.pipeline.export", stop)
+    code, out, err = gochu("export", "pepper", "-o", tmp_path / "out")
+    assert (code, out) == (130, "")
+    assert err == "gochu: stopped; the same command goes on where it was\n"
+
+
 def test_a_reader_that_goes_away(pepper):
     """`gochu inspect --json | head -1`: no traceback."""
     done = subprocess.run(
