@@ -267,17 +267,17 @@ class Kettle:
 def installed_kettle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kettle]:
     """matrix_kettle.py as pip would leave it, for processes that are started too."""
     folder = tmp_path_factory.mktemp("site")
-    shutil.copy(Path(__file__).with_name("matrix_kettle.py"), folder / "teahouse_of_a_test.py")
+    shutil.copy(Path(__file__).with_name("matrix_kettle.py"), folder / "matrix_kettle_of_a_test.py")
     info = folder / "teahouse-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: teahouse\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[gochu.targets]\nkettle = teahouse_of_a_test\n")
+    (info / "entry_points.txt").write_text("[gochu.targets]\nkettle = matrix_kettle_of_a_test\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         yield Kettle(folder)
-        sys.modules.pop("teahouse_of_a_test", None)
+        sys.modules.pop("matrix_kettle_of_a_test", None)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_bench_measures_no_changed_file(gochu: Callable, copy: Path) -> None:
 def test_bench_hashes_before_it_measures(
     toy: Path, cache: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(module: str, job: measuring.Job) -> measuring.Samples:
+    def measured(module: str, job: measuring.Job, *_: Any) -> measuring.Samples:
         assert sorted(hashed) == FILES
         raise EngineError("that is enough")
 

@@ -306,10 +306,10 @@ def test_a_layer_on_the_cpu(bench, hub: Hub) -> None:
     code, out, err = bench(ULTRA)
     assert (code, out) == (6, "")
     assert "2 of prefill on the CPU, 2 of decode on the CPU" in err
-    code, out, err = bench(ULTRA, "--option", "allow_fallback=True")  # as the command that repeats it says
+    code, out, err = bench(ULTRA, "--allow-fallback")  # as the command that repeats it says
     (found,) = parsed(out)
     assert (code, found.marks) == (0, ("cpu_fallback",))
-    assert found.command.endswith("--option allow_fallback=True")
+    assert found.command.endswith("--allow-fallback")
     assert found.where.backend.effective["decode"] == {"NPU": 1, "CPU": 2}
 
 
