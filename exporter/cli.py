@@ -682,13 +682,12 @@ def _told_when_stopped() -> Iterator[None]:
         raise
 
 
-def _wishes(chips: str, split: bool, allow_cpu_ops: bool) -> "Wishes | None":
-    """What is asked of an NPU's compiler, if anything is."""
+def _wishes(chips: str, split: bool, allow_cpu_ops: bool) -> "Wishes":
+    """What is asked of an NPU's compiler."""
     from exporter.npu.hexagon_plan import Wishes
 
     listed = tuple(name.strip() for name in chips.split(",") if name.strip())
-    wishes = Wishes(listed, split, allow_cpu_ops)
-    return None if wishes == Wishes() else wishes
+    return Wishes(listed, split, allow_cpu_ops)
 
 
 def _recipe(name: str | None) -> "Recipe | None":

@@ -69,6 +69,7 @@ class Export(Strict):
 
     def make(self) -> None:
         """Do it, and note beside the bundle what it was made from."""
+        from exporter.npu.hexagon_plan import Wishes
         from exporter.pipeline import export
         from exporter.quantization.recipe import find_recipe
 
@@ -76,7 +77,7 @@ class Export(Strict):
         export(
             self.checkpoint,
             output,
-            wishes=self._wishes(),
+            wishes=Wishes(self.chips, self.split, self.allow_cpu_ops),
             calibration=Path(self.calibration) if self.calibration else None,
             recipe=find_recipe(self.recipe) if self.recipe else None,
             **self.model_dump(
@@ -84,12 +85,6 @@ class Export(Strict):
             ),
         )
         write_whole(_note(output), json.dumps(self._made(output), ensure_ascii=False))
-
-    def _wishes(self) -> Any:
-        from exporter.npu.hexagon_plan import Wishes
-
-        wishes = Wishes(self.chips, self.split, self.allow_cpu_ops)
-        return None if wishes == Wishes() else wishes
 
     def _made(self, output: Path) -> dict[str, Any]:
         asked = self.model_dump(mode="json", exclude={"output", "force"})

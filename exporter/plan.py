@@ -197,7 +197,7 @@ def make_plan(
     by_quality = tuple(sorted(offers, key=lambda name: -parse_scheme(name).bits))
     engine = "qnn" if HEXAGON in delegates else form.engine
     form = replace(form, engine=engine, fit=_fit(form, delegates), schemes=by_quality)
-    if wishes is not None and HEXAGON not in delegates:
+    if wishes not in (None, Wishes()) and HEXAGON not in delegates:
         raise UsageError("--chips, --no-split and --allow-cpu-ops are for --delegate hexagon")
     if context is not None and context % form.block:
         raise PlanRefused(

@@ -41,6 +41,14 @@ class Limits:
                 "max_device_minutes"
             )
 
+    def within(self, longest: float, what: str) -> "Limits":
+        """These, if a farm allows so many minutes; UsageError if not. `what`: what it ends then, in its words."""
+        if self.minutes > longest:
+            raise UsageError(
+                f"{what} after {longest:g} minutes: lower max_minutes, or take a smaller workload"
+            )
+        return self
+
 
 @dataclass
 class Clock:

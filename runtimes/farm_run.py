@@ -14,6 +14,7 @@ from typing import Protocol
 
 from runtimes import checksums, farm, farm_devices, measuring
 from runtimes.bundle import Bundle, Variant
+from runtimes.engines import named_variant
 from runtimes.errors import SomeFailed, TargetError, UsageError
 from runtimes.farm_devices import Chosen, Offered
 from runtimes.farm_package import Job
@@ -171,16 +172,13 @@ def errand(
 
 def _variant(bundle: Bundle, name: str | None) -> Variant:
     """The variant of that name, or the only one: what an app there can run is not known here."""
-    variants = {each.name: each for each in bundle.manifest.variants}
-    if name is None and len(variants) == 1:
-        return bundle.manifest.variants[0]
-    if name is None:
-        raise UsageError(
-            f"{bundle.path} has variants {', '.join(variants)}: say with --variant which to measure"
-        )
-    if name not in variants:
-        raise UsageError(f"{bundle.path} has no variant {name!r}; it has {', '.join(variants)}")
-    return variants[name]
+    if name is not None:
+        return named_variant(bundle, name)
+    only, *others = bundle.manifest.variants
+    if others:
+        names = ", ".join(each.name for each in bundle.manifest.variants)
+        raise UsageError(f"{bundle.path} has variants {names}: say with --variant which to measure")
+    return only
 
 
 def carry_out(service: Service, errand: Errand) -> list[Measurement]:

@@ -5,9 +5,10 @@ JSON Lines: a measurement a line (`append`, `read`).
 """
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -187,18 +188,27 @@ def append(path: Path, measurements: Iterable[Measurement]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
-            file.seek(0)
-            before = file.read()
-            *_, rest = before.split(b"\n")
-            if rest and _whole(rest.decode("utf-8", "replace")):
-                text = "\n" + text
-            elif rest:
-                file.truncate(len(before) - len(rest))
+            if _open_ended(file):
+                file.seek(0)
+                before = file.read()
+                rest = before.rpartition(b"\n")[2]
+                if _whole(rest.decode("utf-8", "replace")):
+                    text = "\n" + text
+                else:
+                    file.truncate(len(before) - len(rest))
             file.write(text.encode())
     except OSError as error:
         raise ResultsError(
             f"the results cannot be added to {path}: {error.strerror}; name another file"
         ) from None
+
+
+def _open_ended(file: IO[bytes]) -> bool:
+    """Whether a file's last line has no end."""
+    if not file.seek(0, os.SEEK_END):
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read() != b"\n"
 
 
 def read(path: Path) -> list[Measurement]:
@@ -251,7 +261,7 @@ def _measurement(data: Any, where: str) -> Measurement:
             f"{where} has schema version {version!r} where this Gochu reads {SCHEMA_VERSION}: measure again"
         )
     try:
-        return Measurement.model_validate_json(json.dumps(data))
+        return Measurement.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

@@ -278,13 +278,16 @@ def subject(bundle: Bundle, variant: Variant) -> Subject:
     )
 
 
-def place(target: str, engine: str, threads: int | None, backend: Backend | None = None) -> Place:
-    """This machine; `engine`: name and version of the library."""
+def place(
+    target: str, engine: str, threads: int | None, backend: Backend | None = None, chip: str | None = None
+) -> Place:
+    """This machine; `engine`: name and version of the library; `chip`: one that it simulates."""
     return Place(
         target=target,
         device=cpu.name(),
         os=f"{platform.system()} {platform.release()} {platform.machine()}",
         engine=engine,
+        chip=chip,
         threads=threads,
         backend=backend,
     )

@@ -16,7 +16,7 @@ from threading import Event
 import profiles
 from runtimes import android, checksums, runners
 from runtimes.bundle import MANIFEST, Bundle, Variant, file_sha256
-from runtimes.engines import named_variant
+from runtimes.engines import named_variant, settle
 from runtimes.errors import GochuError, SomeFailed, TargetError, UsageError
 from runtimes.farm import Clock
 from runtimes.measurement import Measurement, Place
@@ -210,11 +210,7 @@ def _prepare(phone: Phone, asked: Asked) -> "Work":
     properties = phone.properties(android.PROPERTIES)
     phone.name = f"{android.called(properties)}, {phone.serial}"
     variant, why = _variant(asked, android.chip(properties))
-    context = asked.context or variant.context
-    if not 1 <= context <= variant.context:
-        raise UsageError(
-            f"a context of {context} tokens was asked for, but variant {variant.name} holds 1 to {variant.context}"
-        )
+    context, _ = settle(variant, asked.context, None)
     program, runner = asked.program(variant)
     android.check_abi(program, properties, phone.name)
     checksums.check(asked.bundle, variant)

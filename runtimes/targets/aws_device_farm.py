@@ -87,10 +87,6 @@ def measure(
         raise UsageError(
             f"{run!r} is no run of Device Farm's: its id is an ARN, arn:aws:devicefarm:...:run:..."
         )
-    if max_minutes > _LONGEST:
-        raise UsageError(
-            f"Device Farm ends a run after {_LONGEST:g} minutes: lower max_minutes, or take a smaller workload"
-        )
     errand = farm_run.errand(
         TARGET,
         "device_farm",
@@ -99,7 +95,7 @@ def measure(
         variant=variant,
         context=context,
         device=device,
-        limits=farm.Limits(max_minutes, max_device_minutes),
+        limits=farm.Limits(max_minutes, max_device_minutes).within(_LONGEST, "Device Farm ends a run"),
         logs=logs,
         run=run,
         allow_fallback=allow_fallback,

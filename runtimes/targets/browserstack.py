@@ -80,10 +80,6 @@ def measure(
     a build to go on waiting for, as it was given (framework/id). Raises UsageError, TargetError, MissingExtra,
     BundleError, ChecksumError.
     """
-    if max_minutes > _LONGEST:
-        raise UsageError(
-            f"BrowserStack ends a session after {_LONGEST:g} minutes: lower max_minutes, or take a smaller workload"
-        )
     errand = farm_run.errand(
         TARGET,
         "browserstack",
@@ -92,7 +88,7 @@ def measure(
         variant=variant,
         context=context,
         device=device,
-        limits=farm.Limits(max_minutes, max_device_minutes),
+        limits=farm.Limits(max_minutes, max_device_minutes).within(_LONGEST, "BrowserStack ends a session"),
         logs=logs,
         run=run,
         allow_fallback=allow_fallback,

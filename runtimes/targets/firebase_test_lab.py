@@ -69,10 +69,6 @@ def measure(
     the id of a test matrix to go on waiting for. Raises UsageError, TargetError, MissingExtra, BundleError,
     ChecksumError.
     """
-    if max_minutes > _LONGEST:
-        raise UsageError(
-            f"Test Lab ends a test after {_LONGEST:g} minutes: lower max_minutes, or take a smaller workload"
-        )
     errand = farm_run.errand(
         TARGET,
         "firebase",
@@ -81,7 +77,7 @@ def measure(
         variant=variant,
         context=context,
         device=device,
-        limits=farm.Limits(max_minutes, max_device_minutes),
+        limits=farm.Limits(max_minutes, max_device_minutes).within(_LONGEST, "Test Lab ends a test"),
         logs=logs,
         run=run,
         allow_fallback=allow_fallback,

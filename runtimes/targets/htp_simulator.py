@@ -92,8 +92,8 @@ def measure(
         measuring.measurement(
             measuring.subject(bundle, chosen),
             measuring.place(
-                TARGET, seen.engine, None, Backend(requested="NPU", effective=seen.placed)
-            ).model_copy(update={"chip": chosen.chips[0]}),
+                TARGET, seen.engine, None, Backend(requested="NPU", effective=seen.placed), chosen.chips[0]
+            ),
             _method(workload, chosen, seen),
             [
                 *_residency(seen),
