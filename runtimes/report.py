@@ -22,6 +22,8 @@ SOMETIMES = (
     "decode_instructions",
     "peak_accelerator_memory",
     "energy",
+    "npu_share",
+    "logits_correlation",
 )
 
 
@@ -43,7 +45,8 @@ def table(measurements: Sequence[Measurement], words: Words = ENGLISH) -> "Table
         grid.add_column(words["target"])
     grid.add_column(words["model"])
     grid.add_column(words["in → out"], justify="right")
-    names = [*ALWAYS, *(name for name in SOMETIMES if any(m.figure(name) for m in measurements))]
+    timed = ALWAYS if any(m.figure(name) for m in measurements for name in ALWAYS) else ()
+    names = [*timed, *(name for name in SOMETIMES if any(m.figure(name) for m in measurements))]
     for name in names:
         grid.add_column(words[f"column {name}"] if name in ALWAYS else words[name], justify="right")
     if marked:
@@ -60,12 +63,14 @@ def table(measurements: Sequence[Measurement], words: Words = ENGLISH) -> "Table
 def show(
     measurements: Sequence[Measurement], console: "Console | None" = None, words: Words = ENGLISH
 ) -> None:
-    """Print the table and the notes, on standard error unless another console is given."""
+    """Print the table, the answers and the notes, on standard error unless another console is given."""
     from rich.console import Console
 
     console = console or Console(stderr=True)
     console.print(table(measurements, words))
     for m in measurements:
+        for answer in m.answers:
+            console.print(f"{m.where.target}: {answer.prompt} → {answer.text}", markup=False)
         for note in m.how.notes:
             console.print(
                 f"{m.where.target}, {m.how.prompt_tokens} → {m.how.new_tokens}: {note}", markup=False
@@ -166,7 +171,13 @@ def amount(value: float, unit: str) -> str:
 
     >>> amount(0.01234, "s"), amount(1.5e-5, "s"), amount(123456789, "bytes"), amount(8.5, "tokens/s")
     ('12.3 ms', '15 µs', '123 MB', '8.50')
+    >>> amount(62.5, "%"), amount(0.9999791, "")
+    ('62.5 %', '0.99998')
     """
+    if unit == "%":
+        return f"{value:.3g} %"
+    if unit == "":  # a correlation: what it lacks to 1 is what tells
+        return f"{value:.5f}"
     if unit == "instructions":
         return f"{value / 1e6:.3g} M" if value < 1e9 else f"{value / 1e9:.3g} G"
     if unit == "bytes":

@@ -19,6 +19,8 @@ _WORDS: dict[str, tuple[str, str]] = {
     "peak_accelerator_memory": ("peak accelerator memory", "최대 가속기 메모리"),
     "idle_memory": ("idle memory", "로딩 전 메모리"),
     "energy": ("energy of a token", "토큰당 에너지"),
+    "npu_share": ("operations on the NPU", "NPU에서 하는 연산"),
+    "logits_correlation": ("logits with the CPU's", "CPU 로짓과의 상관"),
     "column load_time": ("load", "로딩"),
     "column ttft": ("TTFT", "TTFT"),
     "column prefill_speed": ("prefill tok/s", "프리필 tok/s"),

@@ -20,7 +20,7 @@ from rich.console import Console
 from runtimes import measurement as results
 from runtimes import report, report_plots, report_words, reports
 from runtimes.errors import ResultsError, UsageError
-from runtimes.measurement import Figure, Measurement, sampled
+from runtimes.measurement import Answer, Figure, Measurement, sampled
 from runtimes.report_words import LANGUAGES, Words
 
 PACKAGE = Path(reports.__file__).parent
@@ -435,3 +435,24 @@ def test_a_browser_that_opens_the_page_asks_for_nothing(proxy: Any, tmp_path: Pa
     shown, asked = opened("report.html", render([invented.case("갤럭시 S23", 64)]))
     assert "갤럭시 S23" in shown
     assert asked == []
+
+
+def test_what_a_simulator_and_a_model_say_is_in_the_table() -> None:
+    """No empty columns of times, and the answers that were asked for."""
+    figures = (
+        sampled("npu_share", "%", [62.5], "simulated"),
+        sampled("logits_correlation", "", [0.9999791], "simulated"),
+    )
+    found = invented.measurement(*figures).model_copy(
+        update={"answers": (Answer(prompt="안녕 [x]", text="네.", tokens=(1,)),)}
+    )
+    text = io.StringIO()
+    report.show([found], Console(file=text, width=160))
+    said = text.getvalue()
+    assert "62.5 % simulated" in said
+    assert "0.99998 simulated" in said
+    assert "TTFT" not in said
+    assert f"{found.where.target}: 안녕 [x] → 네." in said
+    text = io.StringIO()
+    report.show([invented.measurement(sampled("ttft", "s", [1.0])), found], Console(file=text, width=200))
+    assert "TTFT" in text.getvalue()
