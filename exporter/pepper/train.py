@@ -99,6 +99,16 @@ def architecture(vocabulary: int) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Course:
+    """What a model is made of, taught and judged by."""
+
+    architecture: Callable[[int], dict[str, Any]]  # config.json of a model with so many tokens
+    conversations: Callable[[int], Iterator[str]]  # the endless stream of training texts of a seed
+    sample: Callable[[], list[Question]]  # held-out questions, asked as training goes on
+    answers_alone: bool = True  # whether the questions' own words are left out of the loss
+
+
 def learn_tokenizer(seed: int) -> "Tokenizer":
     """The tokenizer of the questions and answers of one training stream."""
     questions = [*memorized(), *islice(training(seed), 20_000)]
@@ -117,14 +127,19 @@ def conversations(seed: int) -> Iterator[str]:
         yield render(messages)
 
 
-def batches(tokenizer: "Tokenizer", seed: int, size: int) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+PEPPER = Course(architecture, conversations, lambda: held_out(140, seed=1))
+
+
+def batches(
+    tokenizer: "Tokenizer", seed: int, size: int, course: Course = PEPPER
+) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
     """The endless stream of (tokens, targets), int64 [size, length], of conversations of like length.
 
-    A target is the next token where that belongs to an answer (its <|end|> too), and is ignored elsewhere.
+    A target is the next token; with `answers_alone` it is ignored where it belongs to no answer (whose <|end|> does).
     """
     import torch
 
-    random, texts = Random(seed), conversations(seed)
+    random, texts = Random(seed), course.conversations(seed)
     user, assistant, pad = (SPECIAL.index(token) for token in (USER, ASSISTANT, PAD))
     while True:
         encoded = [e.ids for e in tokenizer.encode_batch(list(islice(texts, 32 * size)))]
@@ -134,9 +149,11 @@ def batches(tokenizer: "Tokenizer", seed: int, size: int) -> Iterator[tuple["tor
         for group in groups:
             longest = len(group[-1])
             tokens = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in group])
-            answering = (tokens == assistant).cumsum(1) - (tokens == user).cumsum(1) == 0
             following = tokens[:, 1:]
-            learned = answering[:, 1:] & (following != assistant) & (following != pad)
+            learned = following != pad
+            if course.answers_alone:
+                answering = (tokens == assistant).cumsum(1) - (tokens == user).cumsum(1) == 0
+                learned &= answering[:, 1:] & (following != assistant)
             yield tokens[:, :-1], following.where(learned, torch.tensor(_IGNORED))
 
 
@@ -215,11 +232,17 @@ def _optimizers(model: "LlamaForCausalLM", how: Training) -> list["torch.optim.O
 
 
 def train(
-    tokenizer: "Tokenizer", seed: int, how: Training, report: Callable[[str], None] = print
+    tokenizer: "Tokenizer",
+    seed: int,
+    how: Training,
+    report: Callable[[str], None] = print,
+    course: Course = PEPPER,
+    kept: Path | None = None,
 ) -> "LlamaForCausalLM":
     """A model (float32) trained for `how.steps` steps; `report` gets a line of progress now and then.
 
-    The same seed and steps give the same weights on the same machine with the same number of threads.
+    The same seed and steps give the same weights on the same machine with the same number of threads. `kept`: a file
+    that holds the training as it stood at the last hundredth step, from which it goes on; it is removed at the end.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -227,13 +250,25 @@ def train(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    random, sample, started = Random(seed), held_out(140, seed=1), time.monotonic()
+    random, sample, started = Random(seed), course.sample(), time.monotonic()
     # Short texts: plain attention is faster on a CPU than the fused kernel.
-    model = LlamaForCausalLM(LlamaConfig(**architecture(tokenizer.get_vocab_size()))).float()
+    model = LlamaForCausalLM(LlamaConfig(**course.architecture(tokenizer.get_vocab_size()))).float()
     model.set_attn_implementation("eager")
     optimizers = _optimizers(model, how)
     schedules = [LambdaLR(optimizer, how.rate) for optimizer in optimizers]
-    for step, (tokens, targets) in enumerate(islice(batches(tokenizer, seed, how.batch), how.steps), start=1):
+    stateful = [model, *optimizers, *schedules]
+    made_of = f"{seed} {how}"
+    done = 0
+    if kept and kept.is_file():
+        state = torch.load(kept, weights_only=True)
+        if state["made of"] == made_of:
+            done = state["done"]
+            random.setstate(state["random"])
+            for part, values in zip(stateful, state["parts"], strict=True):
+                part.load_state_dict(values)
+            report(f"goes on after step {done}")
+    stream = islice(batches(tokenizer, seed, how.batch, course), done, how.steps)
+    for step, (tokens, targets) in enumerate(stream, start=done + 1):
         rounding = step > how.rounded_from * how.steps and random.random() < how.rounded_share
         # A range a little narrower than the largest weight is what better quantizers choose: learn those too.
         with rounded(model, 4, random.uniform(0.85, 1.0)) if rounding else nullcontext():
@@ -253,10 +288,19 @@ def train(
             if step % 500 == 0:
                 line += f"  held-out answers right {model_score(model, tokenizer, sample).overall.rate:.1%}"
             report(line)
+            if kept:
+                parts = [part.state_dict() for part in stateful]
+                state = {"made of": made_of, "done": step, "random": random.getstate(), "parts": parts}
+                torch.save(state, unfinished := kept.with_suffix(".unfinished"))
+                unfinished.replace(kept)
+    if kept:
+        kept.unlink(missing_ok=True)
     return model
 
 
-def save_checkpoint(model: "LlamaForCausalLM", tokenizer: "Tokenizer", folder: Path) -> None:
+def save_checkpoint(
+    model: "LlamaForCausalLM", tokenizer: "Tokenizer", folder: Path, course: Course = PEPPER
+) -> None:
     """Write the checkpoint in Hugging Face's layout, in place of what is there; weights in float16.
 
     float16 keeps 11 significant bits to bfloat16's 8, and no weight here is near its limits.
@@ -264,7 +308,7 @@ def save_checkpoint(model: "LlamaForCausalLM", tokenizer: "Tokenizer", folder: P
     import torch
     from safetensors.torch import save_file
 
-    config = architecture(tokenizer.get_vocab_size())
+    config = course.architecture(tokenizer.get_vocab_size())
     generation = {
         "bos_token_id": config["bos_token_id"],
         "eos_token_id": [config["eos_token_id"]],
@@ -306,7 +350,7 @@ def print_rates(
         print(f"  missed: {miss.question.prompt} -> {miss.got!r} instead of {miss.question.answer!r}")
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Have malloc keep what is freed: giving large tensors back at each step costs a fifth of the time."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -328,7 +372,7 @@ def main() -> None:
     for module in ("safetensors", "transformers"):
         require(module, "train")
     torch.set_num_threads(THREADS)
-    _keep_memory()
+    keep_memory()
     tokenizer = learn_tokenizer(arguments.seed)
     how = Training(steps=arguments.steps)
     model = train(tokenizer, arguments.seed, how, report=partial(print, flush=True))
