@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,27 @@ class Matrix:
     rows: Callable[[int, int], NDArray[Any]]  # (start, stop) -> as stored, see safetensors.to_float32
 
 
+def matrix_of(name: str, values: NDArray[np.float32]) -> Matrix:
+    """A matrix that is in memory, [outputs, inputs]."""
+    outputs, inputs = values.shape
+    return Matrix(name, (outputs, inputs), lambda start, stop: values[start:stop])
+
+
+class Source(Protocol):
+    """Where a model's float weights come from: a checkpoint, or what reads one and changes no output of the model
+    (`quantization.preparation`)."""
+
+    architecture: Architecture
+
+    def matrix(self, name: str) -> Matrix:
+        """A weight matrix [outputs, inputs] by its canonical name."""
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A norm's weight (its offset added) or a bias, float32, by its canonical name."""
+
+
 class Checkpoint:
-    """An opened checkpoint. `source` is what the user gave, `revision` a repository's pinned commit."""
+    """An opened checkpoint (a `Source`). `source` is what the user gave, `revision` a repository's pinned commit."""
 
     def __init__(self, path: Path, source: str, revision: str | None = None) -> None:
         self.path, self.source, self.revision = path, source, revision

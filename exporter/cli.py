@@ -84,6 +84,13 @@ CalibrationOption = Annotated[
         dir_okay=False,
     ),
 ]
+PrepareOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[,NAME]",
+        help="What is done to the float weights before: hadamard; awq or smoothquant (on a calibration text).",
+    ),
+]
 SplitOption = Annotated[
     bool, typer.Option("--split/--no-split", help="Cut a model that is too large for one graph of the NPU.")
 ]
@@ -104,6 +111,7 @@ def _help(text: str, *examples: str) -> str:
         "gochu export ./Qwen2.5-0.5B-Instruct --device SM-S928N --scheme int4 -o out/ --json",
         "gochu export org/model --revision main --device 'iPhone 16 Pro' --context 2048 -o out/",
         "gochu export ./Llama-3.2-1B-Instruct --scheme int4-g128 --algorithm gptq --calibration 대화.jsonl -o out/",
+        "gochu export pepper --scheme int4-g128 --algorithm gptq --prepare hadamard -o out/",
         "gochu export pepper --format executorch --delegate vulkan --device 'Galaxy S24' -o out/",
         "gochu export pepper --delegate hexagon --chips sm8550,sm8650 --scheme int4 -o out/",
         "gochu export pepper --delegate hexagon --device 'Galaxy S23' --recipe hexagon-w4a16 -o out/",
@@ -123,6 +131,7 @@ def export(
     allow_cpu_ops: CpuOpsOption = False,
     split: SplitOption = True,
     calibration: CalibrationOption = None,
+    prepare: PrepareOption = "",
     revision: RevisionOption = None,
     verify: Annotated[
         bool,
@@ -148,6 +157,7 @@ def export(
             delegate=delegate,
             wishes=_wishes(chips, split, allow_cpu_ops),
             calibration=calibration,
+            prepare=_names(prepare),
             revision=revision,
             verify=verify,
             force=force,
@@ -193,6 +203,7 @@ def plan(
     allow_cpu_ops: CpuOpsOption = False,
     split: SplitOption = True,
     calibration: CalibrationOption = None,
+    prepare: PrepareOption = "",
     revision: RevisionOption = None,
     as_json: Json = False,
 ) -> None:
@@ -211,6 +222,7 @@ def plan(
             delegate=delegate,
             wishes=_wishes(chips, split, allow_cpu_ops),
             calibration=calibration,
+            prepare=_names(prepare),
         )
     if as_json:
         _print_json({"checkpoint": source.name, **made.to_dict()})
@@ -686,8 +698,12 @@ def _wishes(chips: str, split: bool, allow_cpu_ops: bool) -> "Wishes":
     """What is asked of an NPU's compiler."""
     from exporter.npu.hexagon_plan import Wishes
 
-    listed = tuple(name.strip() for name in chips.split(",") if name.strip())
-    return Wishes(listed, split, allow_cpu_ops)
+    return Wishes(_names(chips), split, allow_cpu_ops)
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    """Names between commas."""
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
 def _recipe(name: str | None) -> "Recipe | None":

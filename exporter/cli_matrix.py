@@ -48,6 +48,7 @@ class Export(Strict):
     allow_cpu_ops: bool = False
     split: bool = True
     calibration: str | None = None
+    prepare: tuple[str, ...] = ()
     revision: str | None = None
     verify: bool = True
     force: bool = False

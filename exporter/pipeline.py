@@ -1,6 +1,7 @@
 """The story of an export: from a checkpoint to a verified bundle."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from exporter.architecture import Architecture
-from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.checkpoint import Checkpoint, Source, open_checkpoint
 from exporter.formats import DELEGATES, FORMATS, HEXAGON, NEURAL_ENGINE, XNNPACK, find_delegate
 from exporter.gate import verify as run_gate
 from exporter.npu.hexagon_plan import Wishes
 from exporter.plan import Plan, make_plan
 from exporter.quantization.calibration import calibration_sequences
-from exporter.quantization.recipe import Recipe, calibrated
+from exporter.quantization.folding import Scaled
+from exporter.quantization.preparation import finder, prepared
+from exporter.quantization.recipe import Recipe
 from exporter.quantization.weights import Found, QuantizedWeights, not_found
 from exporter.staging import Staging, discard, files_in, staging, write_whole
 from exporter.tokenizer import TextSide, read_text_side
@@ -36,6 +39,7 @@ from runtimes.bundle import (
 from runtimes.engines import ENGINES
 from runtimes.errors import GochuError
 
+CONFIG = "config.json"
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
 
 
@@ -53,6 +57,7 @@ def export(
     delegate: str | None = None,
     wishes: Wishes | None = None,
     calibration: Path | None = None,
+    prepare: tuple[str, ...] = (),
     verify: bool = True,
     force: bool = False,
     progress: Progress = lambda what, done, total: None,
@@ -60,14 +65,14 @@ def export(
     """Export a checkpoint (folder, repository id, or "pepper") to a bundle at `output`, for a device.
 
     What is not given (scheme, format, context in tokens) is planned for the device. `delegate`, `wishes`: what computes
-    beside the CPU; `calibration`: a .txt or .jsonl file of the model's kind of text, for what is found on one (see
-    `exporter.plan.make_plan`). Without `verify` the bundle says of itself that it is unverified.
-    Every error is a GochuError; after one there is no bundle at `output`, or the one that was there before.
+    beside the CPU; `calibration`: a .txt or .jsonl file of the model's kind of text, for what is found on one;
+    `prepare`: what is done to the weights before (see `exporter.plan.make_plan`). Without `verify` the bundle says of
+    itself that it is unverified. Every error is a GochuError; after one there is no bundle at `output`, or the one that
+    was there before.
     """
     with open_checkpoint(checkpoint, revision) as source:
-        arch = source.architecture
         plan = make_plan(
-            arch,
+            source.architecture,
             device=device,
             scheme=scheme,
             algorithm=algorithm,
@@ -77,21 +82,25 @@ def export(
             delegate=delegate,
             wishes=wishes,
             calibration=calibration,
+            prepare=prepare,
         )
         _require_libraries(plan, verify)
         text = read_text_side(source)
         fingerprint = [source.fingerprint(), plan.fingerprint(), text.fingerprint(), _version()]
         with staging(Path(output), fingerprint, force) as stage:
-            stage.step("text", lambda folder: _write_text_side(source, text, folder))
-            made, found = [], _calibrate(source, plan, stage, progress)
+            weights = prepared(source, plan.recipe.prepare)
+            arch = weights.architecture
+            stage.step("text", lambda folder: _write_text_side(source, arch, text, folder))
+            weights, found = _calibrate(source, weights, plan, stage, progress)
+            made = []
             for part in _cpu_first(plan):
 
                 def write(folder: Path, part: str = part) -> Any:
-                    return _write_variant(source, plan, part, text, found, folder, progress)
+                    return _write_variant(weights, plan, part, text, found, folder, progress)
 
                 made.append(stage.step(part, write))
             if plan.compilation:
-                made = _for_hexagon(source, plan, stage, made, progress)
+                made = _for_hexagon(source, arch, plan, stage, made, progress)
             manifest = _manifest(source, plan, text, stage, made)
             write_whole(stage.folder / MANIFEST, manifest.to_json())
             if verify:
@@ -105,9 +114,14 @@ def _cpu_first(plan: Plan) -> tuple[str, ...]:
     return (plan.format,) if HEXAGON in plan.delegates else plan.delegates or (plan.format,)
 
 
-def _write_text_side(source: Checkpoint, text: TextSide, folder: Path) -> None:
+def _write_text_side(source: Checkpoint, arch: Architecture, text: TextSide, folder: Path) -> None:
+    """The tokenizer's files, and the config: of the weights in the bundle, whose head may no longer be tied."""
     text.copy(folder)
-    shutil.copyfile(source.path / "config.json", folder / "config.json")
+    if arch.tied == source.architecture.tied:
+        shutil.copyfile(source.path / CONFIG, folder / CONFIG)
+        return
+    config = source.config | {"tie_word_embeddings": arch.tied}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _require_libraries(plan: Plan, verify: bool) -> None:
@@ -115,7 +129,7 @@ def _require_libraries(plan: Plan, verify: bool) -> None:
     form = FORMATS[plan.format]
     for library in form.libraries:
         extras.check(library, form.extra)
-    if calibrated(plan.decisions):
+    if plan.calibrates:
         extras.check("torch", form.extra)
     if verify:
         engine = ENGINES.get(plan.engine)  # there is none for what cannot run here
@@ -125,18 +139,23 @@ def _require_libraries(plan: Plan, verify: bool) -> None:
         extras.check(ENGINES[plan.engine].library, ENGINES[plan.engine].extra)
 
 
-def _calibrate(source: Checkpoint, plan: Plan, stage: Staging, progress: Progress) -> Found:
-    """Find the weights whose algorithm needs a calibration text, layer by layer; an earlier run's layers are kept."""
-    if not calibrated(plan.decisions):
-        return not_found
+def _calibrate(
+    source: Checkpoint, weights: Source, plan: Plan, stage: Staging, progress: Progress
+) -> tuple[Source, Found]:
+    """Find what a calibration text is needed for, layer by layer: scales, with which the weights are returned, and
+    those weights whose algorithm asks for it; an earlier run's layers are kept."""
+    if not plan.calibrates:
+        return weights, not_found
     from exporter.quantization.streaming import quantize_layers
 
     sequences = calibration_sequences(source, plan.context, plan.calibration)
-    return quantize_layers(source, plan.decisions, sequences, plan.context, stage.workspace(), progress)
+    work, finding = stage.workspace(), finder(plan.recipe.prepare)
+    found = quantize_layers(weights, plan.decisions, sequences, plan.context, work, progress, finding)
+    return Scaled(weights, found.scales) if finding else weights, found
 
 
 def _write_variant(
-    source: Checkpoint,
+    source: Source,
     plan: Plan,
     part: str,
     text: TextSide,
@@ -252,18 +271,18 @@ _WRITERS = {
 
 
 def _for_hexagon(
-    source: Checkpoint, plan: Plan, stage: Staging, made: list[Any], progress: Progress
+    source: Checkpoint, arch: Architecture, plan: Plan, stage: Staging, made: list[Any], progress: Progress
 ) -> list[Any]:
     """A variant for each chip before the CPU's: static graphs over the CPU's weights, and what QNN makes of them."""
     from exporter.formats.onnx import DATA
     from exporter.formats.onnx_hexagon import write_hexagon
     from exporter.npu import hexagon
 
-    arch, (cpu,), compilation = source.architecture, made, plan.compilation
+    (cpu,), compilation = made, plan.compilation
     assert compilation
 
     def write(folder: Path) -> Any:
-        entries, data = write_hexagon(source, compilation, plan.context, folder, progress)
+        entries, data = write_hexagon(source, arch, compilation, plan.context, folder, progress)
         return {"entries": [entry.model_dump(mode="json") for entry in entries], "data": data}
 
     def compile_all(folder: Path) -> Any:

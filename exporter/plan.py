@@ -29,6 +29,7 @@ from exporter.npu import ane, hexagon
 from exporter.npu.hexagon_plan import Compilation, Wishes, compilation
 from exporter.quantization.algorithms import DEFAULT, TABLE_DEFAULT, find_algorithm
 from exporter.quantization.calibration import text_digest, text_name
+from exporter.quantization.preparation import PREPARATIONS, finder, prepared_architecture, refuse_idle
 from exporter.quantization.recipe import Decision, Fit, Recipe, calibrated
 from exporter.quantization.scheme import Scheme, parse_scheme
 from profiles import Chip, Device
@@ -110,6 +111,11 @@ class Plan:
     compilation: Compilation | None = None
     calibration: Path | None = None
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether weights, or scales folded into them, are found on a calibration text."""
+        return bool(calibrated(self.decisions)) or finder(self.recipe.prepare) is not None
+
     def fingerprint(self) -> dict[str, Any]:
         """All that determines the exported files, as JSON: equal plans of one model write equal files.
 
@@ -156,20 +162,22 @@ def make_plan(
     delegate: str | None = None,
     wishes: Wishes | None = None,
     calibration: Path | None = None,
+    prepare: tuple[str, ...] = (),
 ) -> Plan:
     """Decide what is not given, and refuse what cannot be.
 
     `device`: a name, model code or chip that `profiles.find` knows; None plans for this computer, without a
     memory budget. `context` in tokens. `delegate`: what computes instead of the CPU, which it falls back to;
     `wishes`: what is asked of its compiler, for delegate "hexagon". `calibration`: a text in place of the one that is
-    shipped, for what is calibrated.
+    shipped, for what is calibrated. `prepare`: what is done to the weights before (`quantization.preparation`), where
+    the recipe does not say.
 
     Raises:
         PlanRefused: the model does not fit the device's app memory as asked (the message says what would), or
             the context is not one that the model can have, or the engine cannot run its attention.
-        RecipeError: no such scheme or algorithm, or a recipe that does not fit the model.
-        UsageError: a recipe together with a scheme or an algorithm; no such format or delegate; a calibration text
-            that nothing needs.
+        RecipeError: no such scheme, algorithm or preparation, or a recipe that does not fit the model.
+        UsageError: a recipe together with what it says itself; no such format or delegate; a calibration text that
+            nothing needs.
         UnknownDevice, AmbiguousDevice: see `profiles.find`.
     """
     target = profiles.find(device) if device is not None else None
@@ -179,19 +187,25 @@ def make_plan(
     chosen_delegate = _delegate(form, delegate, target, schemes)
     if recipe and (scheme or algorithm != "rtn"):
         raise UsageError("a recipe says scheme and algorithm itself: give a recipe, or those two")
+    if recipe and recipe.prepare and prepare:
+        raise UsageError(
+            f"recipe {recipe.name} says itself what it prepares: drop --prepare or that line of it"
+        )
+    original, prepare = arch, recipe.prepare if recipe and recipe.prepare else prepare
+    arch = prepared_architecture(arch, prepare)
     if context is not None and not SHORTEST <= context <= arch.context:
         raise PlanRefused(
             f"a context of {context} tokens was asked for, but this model was trained for {arch.context}: "
             f"ask for {SHORTEST} to {arch.context}"
         )
     if recipe:
-        offered = {recipe: "as the recipe says"}
+        offered = {recipe.model_copy(update={"prepare": prepare}): "as the recipe says"}
     elif scheme:
-        offered = {Recipe.uniform(scheme, algorithm): "as asked for"}
+        offered = {Recipe.uniform(scheme, algorithm, prepare): "as asked for"}
     else:
         size = "small" if arch.parameters < SMALL_MODEL else "large"
         usual = _default_schemes(size, chosen_delegate)
-        offered = {Recipe.uniform(name, algorithm): why for name, why in usual.items()}
+        offered = {Recipe.uniform(name, algorithm, prepare): why for name, why in usual.items()}
     delegates = _delegates(chosen_delegate, offered)
     offers = chosen_delegate.schemes if chosen_delegate else form.schemes
     by_quality = tuple(sorted(offers, key=lambda name: -parse_scheme(name).bits))
@@ -211,15 +225,15 @@ def make_plan(
         raise PlanRefused(_refusal(arch, target, form, next(iter(offered)), contexts, context))
     asked = context is not None
     plan = _plan(arch, target, form, delegates, chosen, why_format, offered[chosen.recipe], asked)
+    refuse_idle(prepare, plan.decisions)
     static = HEXAGON in delegates and any(made.scheme.is_static for made in plan.decisions.values())
-    if calibration is not None and not static and not calibrated(plan.decisions):
+    if calibration is not None and not static and not plan.calibrates:
         raise UsageError(
             "--calibration is for what is found on a text, gptq's weights and Hexagon's ranges of w8a16 and w4a16, and "
             "nothing here is: drop it, or ask for --algorithm gptq"
         )
-    plan = replace(
-        plan, calibration=calibration, choices=(*plan.choices, *_calibration(plan.decisions, calibration))
-    )
+    choices = (*plan.choices, *_preparations(original, prepare), *_calibration(plan, calibration))
+    plan = replace(plan, calibration=calibration, choices=choices)
     if HEXAGON not in delegates:
         return plan
     weights = {name: decision.scheme for name, decision in plan.decisions.items()}
@@ -623,9 +637,17 @@ def _algorithms(decisions: Mapping[str, Decision]) -> Iterator[Choice]:
         yield Choice(topic="algorithm", value=name + where, reason=find_algorithm(name, scheme).reason)
 
 
-def _calibration(decisions: Mapping[str, Decision], texts: Path | None) -> Iterator[Choice]:
+def _preparations(arch: Architecture, names: Iterable[str]) -> Iterator[Choice]:
+    """What is done to the weights of `arch` before they are quantized."""
+    for name in names:
+        made = PREPARATIONS[name]
+        reason = "; ".join(filter(None, (made.reason, made.note(arch))))
+        yield Choice(topic="preparation", value=name, reason=reason)
+
+
+def _calibration(plan: Plan, texts: Path | None) -> Iterator[Choice]:
     """The text that weights are calibrated on, where they are."""
-    if calibrated(decisions):
+    if plan.calibrates:
         why = "the layers' activations on it say which weights matter: Korean, English, code and numbers, or for "
         why += "pepper what it was trained on; the model runs on it here, layer by layer"
         yield Choice(topic="calibration", value=text_name(texts), reason=why)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint
 from exporter.formats import onnx_qdq
 from exporter.formats.onnx import DATA, GRAPH
@@ -21,6 +22,7 @@ WORK = (
 
 def write_hexagon(
     source: Checkpoint,
+    arch: Architecture,
     compilation: Compilation,
     context: int,
     folder: Path,
@@ -28,10 +30,11 @@ def write_hexagon(
 ) -> tuple[tuple[EntryPoint, ...], list[str]]:
     """Write the graphs; returns their entry points and the names of the files that hold their weights.
 
-    All are over the integers of the CPU's graph: as they lie in its file, or laid out anew where the NPU's values are
-    integers too. RecipeError if the calibration text cannot be used or left a value unseen.
+    `arch` is that of the weights as they were prepared. All are over the integers of the CPU's graph: as they lie in
+    its file, or laid out anew where the NPU's values are integers too. RecipeError if the calibration text cannot be
+    used or left a value unseen.
     """
-    arch, parts, chunk = source.architecture, compilation.parts, chunk_length(context)
+    parts, chunk = compilation.parts, chunk_length(context)
     weights = OnnxWeights(folder / GRAPH)
     if compilation.route != QUANTIZED:
         progress("write graphs for the NPU", 0, 0)

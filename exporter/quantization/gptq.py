@@ -16,7 +16,7 @@ from torch import Tensor
 
 from exporter.checkpoint import Matrix
 from exporter.errors import RecipeError
-from exporter.quantization.rtn import Quantized, mse_scales, quantize_mse
+from exporter.quantization.rtn import Quantized, mse_scales, not_active, quantize_mse
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor, pack4
 from exporter.safetensors import to_float32
@@ -50,7 +50,7 @@ def quantize_gptq(
         q, found = _feed_back(w, factor, scheme, order)
         error = w - (q.reshape(*found.shape, -1) * found[..., None]).reshape(w.shape)
         plain = w - torch.from_numpy(nearest.dequantize(start, stop))
-        better = _cost(error, hessian) < _cost(plain, hessian)
+        better = output_error(error, hessian) < output_error(plain, hessian)
         error = torch.where(better[:, None], error, plain)
         biased = (q + 2 ** (scheme.bits - 1)).to(torch.uint8).numpy()
         chosen = better.numpy()
@@ -68,9 +68,7 @@ def _factor(name: str, hessian: Tensor) -> tuple[Tensor, str]:
     more than usual."""
     diagonal = hessian.diagonal()
     if not torch.isfinite(hessian).all():
-        raise RecipeError(
-            f"the inputs of {name} became NaN or infinite on the calibration text: the weights before it do not work"
-        )
+        raise not_active(name)
     mean = (
         float(diagonal.mean()) or 1.0
     )  # nothing was ever active: H is the identity, which rounds to nearest
@@ -124,6 +122,6 @@ def _feed_back(w: Tensor, factor: Tensor, scheme: Scheme, order: Tensor | None) 
     return q.T, scales.T
 
 
-def _cost(error: Tensor, hessian: Tensor) -> Tensor:
+def output_error(error: Tensor, hessian: Tensor) -> Tensor:
     """Each output's mean squared error on the inputs: e H eᵀ, [outputs]."""
     return (error @ hessian).mul_(error).sum(1)

@@ -32,23 +32,28 @@ class Rule(BaseModel):
 
 
 class Recipe(BaseModel):
-    """Ordered rules. As TOML: `name`, then a `[[rules]]` table for each rule."""
+    """Ordered rules, and what is done to the float weights before (`quantization.preparation`).
+
+    As TOML: `name`, perhaps `prepare = ["hadamard"]`, then a `[[rules]]` table for each rule.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
+    prepare: tuple[str, ...] = ()
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
 
     @classmethod
-    def uniform(cls, scheme: str, algorithm: str = DEFAULT) -> "Recipe":
+    def uniform(cls, scheme: str, algorithm: str = DEFAULT, prepare: tuple[str, ...] = ()) -> "Recipe":
         """One scheme for every weight matrix."""
-        return cls(name=scheme, rules=(Rule(match="*", scheme=scheme, algorithm=algorithm),))
+        rule = Rule(match="*", scheme=scheme, algorithm=algorithm)
+        return cls(name=scheme, prepare=prepare, rules=(rule,))
 
     def resolve(self, arch: Architecture, fit: Fit = lambda scheme: (scheme, "")) -> dict[str, "Decision"]:
         """What each weight matrix of `arch` becomes; RecipeError if a rule or a tensor is left over.
 
-        `fit`: the nearest scheme that the format takes, and why it differs. A tied head is the embedding: rules
-        for `head` are then not missed.
+        `arch` is that of the prepared weights. `fit`: the nearest scheme that the format takes, and why it differs. A
+        tied head is the embedding: rules for `head` are then not missed.
         """
         decisions: dict[str, Decision] = {}
         used = {rule for rule in self.rules if rule.match == "head"}

@@ -178,6 +178,13 @@ def not_finite(name: str) -> CheckpointError:
     return CheckpointError(f"{name} has NaN or infinite values: the checkpoint is damaged, download it again")
 
 
+def not_active(name: str) -> RecipeError:
+    """What is raised where a weight's inputs are no numbers."""
+    return RecipeError(
+        f"the inputs of {name} became NaN or infinite on the calibration text: the weights before it do not work"
+    )
+
+
 _local = threading.local()
 
 

@@ -6,6 +6,9 @@ for them, which gives the next layer's input. So a layer is quantized for the in
 give, as in the GPTQ paper: it can make up for their errors. Within a layer the inputs are those of the layer as it was;
 to quantize it matrix by matrix would take four runs instead of one, for no less error.
 
+A preparation that finds scales (`quantization.preparation`) does so between the two, from what the first saw, and the
+layer is quantized with them folded in.
+
 The head comes last, for the outputs of the final norm. Where it is the embedding too, its rows are what a token is as
 well as what its logit is: the Hessian of the products is then given a share of the identity, of which each weight is
 as important, so that neither use pays for the other. The layers before are given the embedding as it was.
@@ -28,9 +31,11 @@ from torch import Tensor
 
 from exporter import decoder
 from exporter.architecture import Architecture
-from exporter.checkpoint import Checkpoint, Matrix
+from exporter.checkpoint import Matrix, Source
 from exporter.errors import RecipeError
 from exporter.quantization.algorithms import find_algorithm
+from exporter.quantization.folding import Linears, Scaled, before
+from exporter.quantization.preparation import Preparation
 from exporter.quantization.recipe import Decision, calibrated
 from exporter.quantization.rtn import Quantized
 from exporter.quantization.scheme import Scheme
@@ -46,7 +51,7 @@ _COLUMNS = 1024  # of a Hessian that are summed up together: what lies below its
 LOOKED_UP = (
     0.3  # of the head's mean squared inputs, added to each where its rows are looked up too (measured)
 )
-_LAYER, _STATES, _FOUND = "layer {}", "states.{}.f32", "layer.{}.npz"
+_LAYER, _STATES, _FOUND, _SCALES = "layer {}", "states.{}.f32", "layer.{}.npz", "scales.{}.npz"
 _HEAD, _FOUND_HEAD = "head", "head.npz"
 _PARTS = ("data", "scales", "tables")  # of a quantized weight, those that it has
 
@@ -54,12 +59,19 @@ Progress = Callable[[str, int, int], None]
 
 
 class FoundWeights:
-    """The weights that `quantize_layers` found, read from their files when asked for (a `weights.Found`)."""
+    """The weights that `quantize_layers` found, read from their files when asked for (a `weights.Found`).
+
+    `scales`: those that a preparation found, by what they are folded into (see `folding.Scaled`).
+    """
 
     def __init__(
         self, folder: Path, decisions: Mapping[str, Decision], figures: Mapping[str, Mapping[str, Any]]
     ) -> None:
         self._folder, self._decisions, self._figures = folder, decisions, figures
+        self.scales: dict[str, NDArray[np.float32]] = {}
+        for file in folder.glob(_SCALES.format("*")):
+            with np.load(file, allow_pickle=False) as arrays:
+                self.scales |= arrays
 
     def __call__(self, name: str) -> tuple[Quantized, str]:
         figures = self._figures[name]
@@ -72,17 +84,19 @@ class FoundWeights:
 
 @torch.no_grad()
 def quantize_layers(
-    source: Checkpoint,
+    source: Source,
     decisions: Mapping[str, Decision],
     sequences: Iterable[Sequence[int]],
     context: int,
     work: Staging,
     progress: Progress = lambda what, done, total: None,
+    preparation: Preparation | None = None,
 ) -> FoundWeights:
     """Quantize the weights whose algorithm needs their inputs, on token sequences, each cut to `context` tokens.
 
-    Layers that are finished in `work` are not done again. RecipeError if there are too few tokens, for activations
-    that became NaN, and for what an algorithm refuses.
+    `preparation`: one that finds scales, in all layers; what is found is of the weights with those folded in. Layers
+    that are finished in `work` are not done again. RecipeError if there are too few tokens, for activations that became
+    NaN, and for what an algorithm refuses.
     """
     arch = source.architecture
     sequences = [sequence[:context] for sequence in sequences if sequence]
@@ -94,8 +108,9 @@ def quantize_layers(
         )
     needed = calibrated(decisions)
     head = next((name for name in needed if not name.startswith("layers.")), "")
-    # Layers behind the last that needs its inputs are not run
-    layers = arch.layers if head else 1 + max(int(name.split(".")[1]) for name in needed)
+    layers = arch.layers  # or fewer: those behind the last that needs its inputs are not run
+    if preparation is None and not head:
+        layers = 1 + max(int(name.split(".")[1]) for name in needed)
     total = (2 * layers + (1 if head else -1)) * sum(lengths)
     figures: dict[str, Any] = {}
     if not _resumes(work, [*map(_LAYER.format, range(layers)), *([_HEAD] if head else [])]):
@@ -117,9 +132,11 @@ def quantize_layers(
     for i in range(layers):
 
         def make(folder: Path, i: int = i) -> Any:
-            layer, what = _Layer(source, decisions, i), f"layer {i + 1} of {arch.layers}"
+            layer, what = _Layer(source, decisions, i, preparation), f"layer {i + 1} of {arch.layers}"
             hessians = _hessians(arch, layer, context, i, inputs(folder, i, what))
-            found = _quantize(source, layer, hessians, folder / _FOUND.format(i))
+            if preparation:
+                _scale(layer, hessians, preparation, folder / _SCALES.format(i))
+            found = _quantize(layer.source, layer, hessians, folder / _FOUND.format(i))
             del hessians
             if head or i + 1 < layers:
                 ops = TorchOps(arch, layer, context, rounded=0)
@@ -159,11 +176,23 @@ class _Stored:
 
 
 class _Layer:
-    """`Weights` of one layer in float32: those of the checkpoint, until `matrices` is given others."""
+    """`Weights` of one layer in float32: those of the source, until `matrices` is given others.
 
-    def __init__(self, source: Checkpoint, decisions: Mapping[str, Decision], i: int) -> None:
-        self._source = source
+    `needed`: the weights whose inputs' Hessian is needed; `peaked`: those whose inputs' largest values are, which
+    `peaks` gets, by the names of all that share the input.
+    """
+
+    def __init__(
+        self, source: Source, decisions: Mapping[str, Decision], i: int, preparation: Preparation | None
+    ) -> None:
+        self.source = source
         self.decisions = {name: made for name, made in decisions.items() if name.startswith(f"layers.{i}.")}
+        self.needed, self.peaked = set(calibrated(self.decisions)), set[str]()
+        self.peaks: dict[tuple[str, ...], Tensor] = {}
+        if preparation:
+            concerned = {name for name, made in self.decisions.items() if preparation.of(made.scheme)}
+            wanted = self.needed if preparation.by_hessian else self.peaked
+            wanted |= concerned
         self.matrices: dict[str, QuantizedTensor] = {}
         for name in self.decisions:
             matrix = source.matrix(name)
@@ -180,7 +209,7 @@ class _Layer:
         return self.matrices[name]
 
     def vector(self, name: str) -> NDArray[np.float32]:
-        return self._source.vector(name)
+        return self.source.vector(name)
 
 
 class _Recorder(TorchOps):
@@ -209,12 +238,15 @@ def _hessians(
     arch: Architecture, layer: _Layer, context: int, i: int, batches: Iterable[Tensor]
 ) -> dict[tuple[str, ...], Tensor]:
     """The mean of x xᵀ over all inputs x of a layer's linears, by the names of those that share them; only of those
-    that need it."""
-    needed, sums, tokens = set(calibrated(layer.decisions)), dict[tuple[str, ...], Tensor](), 0
+    that need it. Peaks go to `layer.peaks`."""
+    sums, tokens = dict[tuple[str, ...], Tensor](), 0
 
     def see(names: tuple[str, ...], x: Tensor) -> None:
-        if not needed.isdisjoint(names):
-            size = x.shape[-1]
+        size = x.shape[-1]
+        if not layer.peaked.isdisjoint(names):
+            peaks = x.reshape(-1, size).abs().amax(0)
+            layer.peaks[names] = torch.maximum(layer.peaks.get(names, peaks), peaks)
+        if not layer.needed.isdisjoint(names):
             _add_squares(sums.setdefault(names, torch.zeros(size, size)), x.reshape(-1, size))
 
     ops = _Recorder(arch, layer, context, see)
@@ -226,7 +258,7 @@ def _hessians(
     return sums
 
 
-def _head_hessian(source: Checkpoint, context: int, batches: Iterable[Tensor]) -> Tensor:
+def _head_hessian(source: Source, context: int, batches: Iterable[Tensor]) -> Tensor:
     """As `_hessians`, of the head's inputs; of those that are looked up too see the module's text."""
     arch, tokens = source.architecture, 0
     ops = TorchOps(arch, QuantizedWeights(source, {}), context, rounded=0)
@@ -263,8 +295,36 @@ def _through(ops: TorchOps, i: int, x: Tensor) -> Tensor:
     return x
 
 
+def _scale(
+    layer: _Layer, hessians: dict[tuple[str, ...], Tensor], preparation: Preparation, file: Path
+) -> None:
+    """Find a layer's scales and write them; the layer and its Hessians become what they are with those folded in."""
+    assert preparation.find
+    scales, source = dict[str, NDArray[np.float32]](), layer.source
+    for names in hessians if preparation.by_hessian else layer.peaks:
+        hessian, peaks = hessians.get(names), layer.peaks.get(names)
+        linears = Linears(
+            source.architecture,
+            tuple(map(source.matrix, names)),
+            tuple(layer.decisions[name] for name in names),
+            hessian,
+            None if peaks is None else peaks.numpy(),
+        )
+        found = (
+            preparation.find(linears) if any(preparation.of(d.scheme) for d in linears.decisions) else None
+        )
+        if found is None:
+            continue
+        scales[before(names[0])] = found
+        if hessian is not None:
+            smaller = 1 / torch.from_numpy(linears.spread(found))
+            hessian.mul_(smaller).mul_(smaller[:, None])
+    np.savez(file, **scales)  # type: ignore[arg-type]
+    layer.source = Scaled(source, scales)
+
+
 def _quantize(
-    source: Checkpoint, layer: _Layer, hessians: dict[tuple[str, ...], Tensor], file: Path
+    source: Source, layer: _Layer, hessians: dict[tuple[str, ...], Tensor], file: Path
 ) -> dict[str, Any]:
     """Quantize a layer's matrices, write those that needed Hessians, and leave in `layer` what all stand for."""
     found, tensors = dict[str, Any](), list[QuantizedTensor]()
@@ -283,7 +343,7 @@ def _quantize(
 
 
 def _find(
-    source: Checkpoint, name: str, made: Decision, hessian: Tensor
+    source: Source, name: str, made: Decision, hessian: Tensor
 ) -> tuple[QuantizedTensor, dict[str, Any]]:
     """Quantize one weight, and its figures for `FoundWeights`."""
     quantize = find_algorithm(made.algorithm, made.scheme).from_hessian

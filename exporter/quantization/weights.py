@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.architecture import Architecture
-from exporter.checkpoint import Checkpoint
+from exporter.checkpoint import Source
 from exporter.errors import RecipeError
 from exporter.quantization.algorithms import find_algorithm
 from exporter.quantization.recipe import Decision
@@ -58,19 +58,19 @@ def not_found(name: str) -> tuple[Quantized, str]:
 
 
 class QuantizedWeights:
-    """A checkpoint's weights, quantized when asked for; `reports` tells of all that were.
+    """A source's weights, quantized when asked for; `reports` tells of all that were.
 
     `found`: the weights whose algorithm needs a calibration text (see `quantization.streaming`).
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        source: Source,
         decisions: Mapping[str, Decision],
         progress: Callable[[str, int], None] = lambda name, weights: None,
         found: Found = not_found,
     ) -> None:
-        self._checkpoint, self._decisions, self._progress = checkpoint, decisions, progress
+        self._source, self._decisions, self._progress = source, decisions, progress
         self._found = found
         self._reports: dict[str, Future[TensorReport]] = {}  # digests, found while the next weight is made
 
@@ -88,7 +88,7 @@ class QuantizedWeights:
         decision = self._decisions[name]
         algorithm, note = find_algorithm(decision.algorithm, decision.scheme), ""
         if algorithm.from_weights:
-            quantized = algorithm.from_weights(self._checkpoint.matrix(name), decision.scheme)
+            quantized = algorithm.from_weights(self._source.matrix(name), decision.scheme)
         else:
             quantized, note = self._found(name)
         tensor, error, worst = quantized
@@ -113,7 +113,7 @@ class QuantizedWeights:
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """Read and report one norm's weight or bias, which stays float32."""
-        values = self._checkpoint.vector(name)
+        values = self._source.vector(name)
 
         def report() -> TensorReport:
             return TensorReport(
