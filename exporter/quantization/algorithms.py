@@ -29,9 +29,15 @@ class Algorithm:
 def _gptq(
     matrix: Matrix, scheme: Scheme, hessian: "Tensor", *, act_order: bool = False
 ) -> tuple[Quantized, str]:
-    from exporter.quantization.gptq import quantize_gptq  # here: it is the only one that needs torch
+    from exporter.quantization.gptq import quantize_gptq  # here: what follows a Hessian needs torch
 
     return quantize_gptq(matrix, scheme, hessian, act_order=act_order)
+
+
+def _kmeans_hessian(matrix: Matrix, scheme: Scheme, hessian: "Tensor") -> tuple[Quantized, str]:
+    from exporter.quantization.hessian import importance
+
+    return quantize_kmeans(matrix, scheme, importance(matrix.name, hessian)), ""
 
 
 DEFAULT = "rtn"
@@ -53,7 +59,15 @@ ALGORITHMS = {
 }
 TABLE_DEFAULT = "kmeans"
 TABLE_ALGORITHMS = {
-    TABLE_DEFAULT: Algorithm("tables of nearly the least squared error", quantize_kmeans),
+    TABLE_DEFAULT: Algorithm(
+        "tables of nearly the least squared error, which is what the default means for lookup tables",
+        quantize_kmeans,
+    ),
+    "kmeans-hessian": Algorithm(
+        "tables of nearly the least squared error, each weight counting as much as its input's activations on the "
+        "calibration text (as in SqueezeLLM, Kim et al. 2023, arXiv 2306.07629)",
+        from_hessian=_kmeans_hessian,
+    ),
 }
 
 
