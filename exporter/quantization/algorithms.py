@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from exporter.checkpoint import Matrix
 from exporter.errors import RecipeError
+from exporter.quantization.hqq import quantize_hqq
 from exporter.quantization.palettize import quantize_kmeans
 from exporter.quantization.rtn import Quantized, quantize_absmax, quantize_mse
 from exporter.quantization.scheme import Scheme
@@ -45,6 +46,10 @@ ALGORITHMS = {
     DEFAULT: Algorithm("the nearest integers, at the scales of least squared error", quantize_mse),
     "rtn-absmax": Algorithm(
         "the nearest integers, at scales that the largest weight sets: the quickest", quantize_absmax
+    ),
+    "hqq": Algorithm(
+        "the nearest integers, at scales for an error in which outliers count less (HQQ, Badri and Shaji 2023)",
+        quantize_hqq,
     ),
     "gptq": Algorithm(
         "each weight's rounding error is made up for by those rounded after it, as the calibration text's activations "
