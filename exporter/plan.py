@@ -27,7 +27,7 @@ from exporter.formats import (
 )
 from exporter.npu import ane, hexagon
 from exporter.npu.hexagon_plan import Compilation, Wishes, compilation
-from exporter.quantization.algorithms import DEFAULT, TABLE_DEFAULT, find_algorithm
+from exporter.quantization.algorithms import DEFAULT, find_algorithm
 from exporter.quantization.calibration import text_digest, text_name
 from exporter.quantization.preparation import PREPARATIONS, finder, prepared_architecture, refuse_idle
 from exporter.quantization.recipe import Decision, Fit, Recipe, calibrated
@@ -629,7 +629,7 @@ def _activations(form: Format, delegates: tuple[str, ...], decisions: Mapping[st
 def _algorithms(decisions: Mapping[str, Decision]) -> Iterator[Choice]:
     """How integers and tables are found, where it is not the schemes' own way; floats are only converted."""
     found = {made.algorithm: made.scheme for made in decisions.values() if not made.scheme.is_float}
-    if found.keys() <= {DEFAULT, TABLE_DEFAULT}:
+    if found.keys() <= {DEFAULT}:
         return
     for name, scheme in found.items():
         some = [tensor for tensor, made in decisions.items() if made.algorithm == name]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from exporter.checkpoint import Matrix
 from exporter.errors import RecipeError
+from exporter.quantization.hqq import quantize_hqq
 from exporter.quantization.palettize import quantize_kmeans
 from exporter.quantization.rtn import Quantized, quantize_absmax, quantize_mse
 from exporter.quantization.scheme import Scheme
@@ -29,9 +30,15 @@ class Algorithm:
 def _gptq(
     matrix: Matrix, scheme: Scheme, hessian: "Tensor", *, act_order: bool = False
 ) -> tuple[Quantized, str]:
-    from exporter.quantization.gptq import quantize_gptq  # here: it is the only one that needs torch
+    from exporter.quantization.gptq import quantize_gptq  # here: what follows a Hessian needs torch
 
     return quantize_gptq(matrix, scheme, hessian, act_order=act_order)
+
+
+def _kmeans_hessian(matrix: Matrix, scheme: Scheme, hessian: "Tensor") -> tuple[Quantized, str]:
+    from exporter.quantization.hessian import importance
+
+    return quantize_kmeans(matrix, scheme, importance(matrix.name, hessian)), ""
 
 
 DEFAULT = "rtn"
@@ -39,6 +46,10 @@ ALGORITHMS = {
     DEFAULT: Algorithm("the nearest integers, at the scales of least squared error", quantize_mse),
     "rtn-absmax": Algorithm(
         "the nearest integers, at scales that the largest weight sets: the quickest", quantize_absmax
+    ),
+    "hqq": Algorithm(
+        "the nearest integers, at scales for an error in which outliers count less (HQQ, Badri and Shaji 2023)",
+        quantize_hqq,
     ),
     "gptq": Algorithm(
         "each weight's rounding error is made up for by those rounded after it, as the calibration text's activations "
@@ -53,7 +64,15 @@ ALGORITHMS = {
 }
 TABLE_DEFAULT = "kmeans"
 TABLE_ALGORITHMS = {
-    TABLE_DEFAULT: Algorithm("tables of nearly the least squared error", quantize_kmeans),
+    TABLE_DEFAULT: Algorithm(
+        "tables of nearly the least squared error, which is what the default means for lookup tables",
+        quantize_kmeans,
+    ),
+    "kmeans-hessian": Algorithm(
+        "tables of nearly the least squared error, each weight counting as much as its input's activations on the "
+        "calibration text (as in SqueezeLLM, Kim et al. 2023, arXiv 2306.07629)",
+        from_hessian=_kmeans_hessian,
+    ),
 }
 
 

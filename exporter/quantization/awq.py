@@ -16,7 +16,7 @@ from exporter.checkpoint import Matrix, matrix_of
 from exporter.quantization.algorithms import DEFAULT, find_algorithm
 from exporter.quantization.folding import Linears, balanced
 from exporter.quantization.gptq import output_error
-from exporter.quantization.rtn import not_active
+from exporter.quantization.hessian import refuse_not_finite
 from exporter.safetensors import to_float32
 
 POWERS = tuple(i / 20 for i in range(20))
@@ -31,8 +31,7 @@ def awq_scales(linears: Linears) -> NDArray[np.float32] | None:
     """
     hessian = linears.hessian
     assert hessian is not None
-    if not torch.isfinite(hessian).all():
-        raise not_active(linears.matrices[0].name)
+    refuse_not_finite(linears.matrices[0].name, hessian)
     size = linears.channels(hessian.diagonal().sqrt().numpy())
     samples = [_some(matrix) for matrix in linears.matrices]
     best, least = None, np.inf

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from exporter.checkpoint import Matrix
 from exporter.errors import RecipeError
-from exporter.quantization.rtn import Quantized, mse_scales, not_active, quantize_mse
+from exporter.quantization.hessian import DAMPING, mean_square, refuse_not_finite
+from exporter.quantization.rtn import Quantized, mse_scales, quantize_mse
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor, pack4
 from exporter.safetensors import to_float32
 
-DAMPINGS = (0.01, 0.1, 1.0)  # of the mean of H's diagonal, tried in this order
+DAMPINGS = (DAMPING, 0.1, 1.0)  # of the mean of H's diagonal, tried in this order
 BLOCK = 128  # inputs whose errors reach those behind them together; groups divide it or are its multiples
 _AT_ONCE = 1 << 23  # weights in memory as float32; outputs do not depend on each other
 
@@ -66,12 +67,8 @@ def quantize_gptq(
 def _factor(name: str, hessian: Tensor) -> tuple[Tensor, str]:
     """The upper triangular U with UᵀU = H⁻¹, H damped as little as makes it positive definite; and a note if that is
     more than usual."""
-    diagonal = hessian.diagonal()
-    if not torch.isfinite(hessian).all():
-        raise not_active(name)
-    mean = (
-        float(diagonal.mean()) or 1.0
-    )  # nothing was ever active: H is the identity, which rounds to nearest
+    refuse_not_finite(name, hessian)
+    mean = mean_square(hessian)  # where nothing was ever active H is the identity, which rounds to nearest
     for damping in DAMPINGS:
         # From H = RRᵀ, R upper triangular, which is Cholesky's factor read backwards: U is R⁻¹
         backwards = hessian.flip(0, 1)

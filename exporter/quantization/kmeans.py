@@ -23,10 +23,11 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
-def cluster(values: Floats, counts: Integers, clusters: int) -> Floats:
+def cluster(values: Floats, counts: Integers | Floats, clusters: int) -> Floats:
     """Centres, ascending, at most `clusters`, of nearly the least Σ count · (value - nearest centre)².
 
-    `values` [n], finite and ascending; each is there `counts` [n] times, at least once. Up to `clusters` values are
+    `values` [n], finite and ascending; each is there `counts` [n] times, at least once, or counts so much, more than
+    nothing. Up to `clusters` values are
     their own centres; up to 256 (or 4 for each cluster) are clustered at the optimum.
     """
     if len(values) <= clusters:
@@ -46,7 +47,7 @@ def _running(values: Floats) -> Floats:
     return sums
 
 
-def _bins(values: Floats, counts: Integers, clusters: int) -> Integers:
+def _bins(values: Floats, counts: Integers | Floats, clusters: int) -> Integers:
     """Where bins begin among `values`, and the end."""
     if len(values) <= max(_BINS, _EXACT * clusters):
         return np.arange(len(values) + 1)

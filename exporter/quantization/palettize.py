@@ -2,6 +2,10 @@
 
 A table for some output channels is found from exactly their weights; one table for a whole weight from a histogram
 of it, so that the weight is never in memory: two passes over its rows.
+
+Where the inputs of a weight are known on a text, an error costs as much as its input's mean square: the diagonal of the
+Hessian weighs each weight's share in its table, as SqueezeLLM's k-means is weighed by the loss's own second derivatives
+(Kim et al. 2023, arxiv.org/abs/2306.07629, 4.1). The nearest entry is still the best one.
 """
 
 from collections.abc import Iterable
@@ -24,12 +28,16 @@ _COARSE = 12  # bits of a float32 that a histogram leaves out
 _LARGEST = 65504  # of float16
 
 Figures = tuple[float, float, float]  # Σ(w-q)², Σw², max|w-q|
-Histogram = tuple[NDArray[np.float64], NDArray[np.int64]]  # ascending values, and how often each is there
+Floats = NDArray[np.float64]
+Histogram = tuple[
+    Floats, NDArray[np.int64] | Floats
+]  # ascending values, and how often or how much each counts
 
 
-def quantize_kmeans(matrix: Matrix, scheme: Scheme) -> Quantized:
+def quantize_kmeans(matrix: Matrix, scheme: Scheme, importance: Floats | None = None) -> Quantized:
     """The nearest entries of tables with nearly the least squared error (see `quantization.kmeans`).
 
+    `importance`: what an error in each input's weights counts, float64 [inputs], all above zero; None: the same.
     Ties go to the lower entry. A table with fewer different entries than it has room for repeats its last, which no
     weight then uses. RecipeError for weights that float16 cannot hold.
     """
@@ -39,7 +47,7 @@ def quantize_kmeans(matrix: Matrix, scheme: Scheme) -> Quantized:
     rows = scheme.group or max(1, _BLOCK // inputs)
     step = rows * max(1, _BLOCK // (rows * inputs))
     if not scheme.group:
-        tables[0] = _table(_whole_histogram(matrix), scheme.bits)
+        tables[0] = _table(_whole_histogram(matrix, importance), scheme.bits)
 
     def block(start: int) -> Figures:
         stored = matrix.rows(start, min(start + step, outputs))
@@ -47,7 +55,7 @@ def quantize_kmeans(matrix: Matrix, scheme: Scheme) -> Quantized:
 
     def part(start: int, stored: NDArray[Any]) -> Figures:
         if scheme.group:
-            tables[start // scheme.group] = _table(_histogram(matrix.name, stored), scheme.bits)
+            tables[start // scheme.group] = _table(_histogram(matrix.name, stored, importance), scheme.bits)
         table, weights = tables[start // (scheme.group or outputs)], to_float32(stored)
         indices = nearest(weights, table)
         data[start : start + len(stored)] = pack4(indices) if scheme.bits == 4 else indices
@@ -83,10 +91,15 @@ def _table(histogram: Histogram, bits: int) -> NDArray[np.float32]:
     return np.pad(entries.astype(np.float32), (0, 2**bits - len(entries)), mode="edge")
 
 
-def _histogram(name: str, stored: NDArray[Any]) -> Histogram:
-    """The values among weights as they are stored; those that no table can hold are refused."""
+def _histogram(name: str, stored: NDArray[Any], importance: Floats | None) -> Histogram:
+    """The values among weights [rows, inputs] as they are stored; those that no table can hold are refused."""
     kind = np.uint16 if stored.dtype == np.float16 else stored.dtype  # integers are sorted faster
-    bits = np.sort(stored.reshape(-1).view(kind))
+    bits = stored.reshape(-1).view(kind)
+    if importance is None:
+        bits = np.sort(bits)
+    else:
+        places = np.argsort(bits, kind="stable")
+        bits = bits[places]
     starts = np.concatenate(([0], np.flatnonzero(bits[1:] != bits[:-1]) + 1, [len(bits)]))
     values = to_float32(bits[starts[:-1]].view(stored.dtype)).astype(np.float64)
     largest = np.abs(values).max()
@@ -96,11 +109,15 @@ def _histogram(name: str, stored: NDArray[Any]) -> Histogram:
         raise RecipeError(
             f"{name} has weights above {_LARGEST}, which a table of float16 cannot hold: use int8, int4 or fp32"
         )
+    if importance is None:
+        counts = np.diff(starts)
+    else:
+        counts = np.add.reduceat(importance[places % len(importance)], starts[:-1])
     order = np.argsort(values, kind="stable")
-    return values[order], np.diff(starts)[order]
+    return values[order], counts[order]
 
 
-def _whole_histogram(matrix: Matrix) -> Histogram:
+def _whole_histogram(matrix: Matrix, importance: Floats | None) -> Histogram:
     """The values of a whole weight, by the upper 20 bits of their float32: all bits that float16 and bfloat16 have.
 
     Float32 values that share those, 2^-11 of their size apart at most, stand there as their mean.
@@ -109,12 +126,13 @@ def _whole_histogram(matrix: Matrix) -> Histogram:
     step = max(1, 8 * _BLOCK // inputs)
 
     def block(start: int) -> tuple[NDArray[Any], Histogram]:
-        values, counts = _histogram(matrix.name, matrix.rows(start, min(start + step, outputs)))
+        stored = matrix.rows(start, min(start + step, outputs))
+        values, counts = _histogram(matrix.name, stored, importance)
         places = values.astype(np.float32).view(np.uint32) >> _COARSE
         starts = np.concatenate(([0], np.flatnonzero(places[1:] != places[:-1]) + 1))
         return places[starts], (np.add.reduceat(values * counts, starts), np.add.reduceat(counts, starts))
 
-    sums, counts = np.zeros(1 << (32 - _COARSE)), np.zeros(1 << (32 - _COARSE), np.int64)
+    sums, counts = (np.zeros(1 << (32 - _COARSE)) for _ in range(2))
     for places, (some_sums, some_counts) in threads().map(block, range(0, outputs, step)):
         sums[places] += some_sums
         counts[places] += some_counts

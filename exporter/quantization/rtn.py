@@ -30,7 +30,7 @@ _LARGE = 256
 
 def quantize_mse(matrix: Matrix, scheme: Scheme) -> Quantized:
     """Round to nearest with the scales of least squared error (floats are only converted)."""
-    return _quantize(matrix, scheme, _least_error(scheme))
+    return quantize_nearest(matrix, scheme, least_error(scheme))
 
 
 def mse_scales(w: NDArray[np.float32], scheme: Scheme) -> NDArray[np.float32]:
@@ -44,22 +44,26 @@ def mse_scales(w: NDArray[np.float32], scheme: Scheme) -> NDArray[np.float32]:
     for start in range(0, len(scales), step):
         part = w[:, start : start + step]
         absmax = np.maximum(part.max(axis=0), -part.min(axis=0))
-        scales[start : start + step] = _least_error(scheme)(part, absmax, -high - 1, high)
+        scales[start : start + step] = least_error(scheme)(part, absmax, -high - 1, high)
     return scales
 
 
 def quantize_absmax(matrix: Matrix, scheme: Scheme) -> Quantized:
     """Round to nearest with absmax scales: the quickest."""
-    return _quantize(matrix, scheme, _absmax)
+    return quantize_nearest(matrix, scheme, _absmax)
 
 
-def _least_error(scheme: Scheme) -> Callable[..., NDArray[np.float32]]:
+def least_error(scheme: Scheme) -> Callable[..., NDArray[np.float32]]:
     """How the scales of least squared error are chosen; of 8 bits absmax's are as good."""
     return _search if scheme.bits == 4 else _absmax
 
 
-def _quantize(matrix: Matrix, scheme: Scheme, choose: Callable[..., NDArray[np.float32]]) -> Quantized:
-    """Work through row blocks in parallel; every block is independent of the others."""
+def quantize_nearest(matrix: Matrix, scheme: Scheme, choose: Callable[..., NDArray[np.float32]]) -> Quantized:
+    """The nearest integers at the scales that `choose` finds, of groups [group, n] that lie across columns, from the
+    largest weight of each [n] and the ends of the integers (floats are only converted).
+
+    Row blocks are worked on in parallel; each is independent of the others.
+    """
     outputs, inputs = matrix.shape
     if scheme.is_integer:
         groups = inputs // scheme.group if scheme.group else 1
@@ -131,7 +135,7 @@ def _round(
             "cannot hold: use fp32"
         )
     scales = choose(w, absmax, low, high)
-    q = _rounded(w, scales, low, high, _scratch(1, w.shape))
+    q = rounded(w, scales, low, high, _scratch(1, w.shape))
     error = np.multiply(q, scales, out=_scratch(2, w.shape))
     np.subtract(w, error, out=error)
     flat, flat_error = w.ravel(), error.ravel()
@@ -145,7 +149,7 @@ def _round(
     return pack4(biased) if scheme.bits == 4 else biased, scales.reshape(rows, -1), figures
 
 
-def _rounded(
+def rounded(
     w: NDArray[np.float32], scales: NDArray[np.float32], low: int, high: int, out: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """The integers (as float32) nearest to w / scales. [group, n], scales [n]."""
@@ -163,7 +167,7 @@ def _search(w: NDArray[np.float32], absmax: NDArray[np.float32], low: int, high:
     best = round_scales(absmax / np.float32(high))
     explained = np.full_like(absmax, -1)
     for trial in _TRIALS if len(w) <= _LARGE else (*_TRIALS, *_MORE_TRIALS):
-        q = _rounded(w, np.maximum(absmax * np.float32(trial / high), 1e-30), low, high, _scratch(1, w.shape))
+        q = rounded(w, np.maximum(absmax * np.float32(trial / high), 1e-30), low, high, _scratch(1, w.shape))
         qw = np.einsum("ij,ij->j", q, w)
         qq = np.einsum("ij,ij->j", q, q)
         score = qw * qw / np.maximum(qq, np.float32(1e-30))
@@ -176,13 +180,6 @@ def _search(w: NDArray[np.float32], absmax: NDArray[np.float32], low: int, high:
 def not_finite(name: str) -> CheckpointError:
     """What is raised for weights that are no numbers."""
     return CheckpointError(f"{name} has NaN or infinite values: the checkpoint is damaged, download it again")
-
-
-def not_active(name: str) -> RecipeError:
-    """What is raised where a weight's inputs are no numbers."""
-    return RecipeError(
-        f"the inputs of {name} became NaN or infinite on the calibration text: the weights before it do not work"
-    )
 
 
 _local = threading.local()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from exporter.checkpoint import Matrix
 from exporter.quantization.folding import Linears, balanced
-from exporter.quantization.rtn import not_active
+from exporter.quantization.hessian import not_active
 from exporter.safetensors import to_float32
 
 STRENGTH = 0.5  # the paper's a: outliers are shared alike

@@ -480,7 +480,7 @@ class Kept:
 
 
 def test_far_less_is_lost_than_by_rounding(tmp_path):
-    """Mean KL divergence from the float model on questions that pepper never saw, the layers' weights at 4 bits, or all."""
+    """Mean KL divergence from the float model on questions that pepper never saw, at 4 bits in the layers or in all."""
     with open_checkpoint("pepper") as source:
         arch, texts = source.architecture, held_out_text(source)
         reference: list[torch.Tensor] = []
