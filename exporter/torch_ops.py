@@ -1,9 +1,11 @@
 """The decoder on tensors: the reference that every format is held against."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -115,7 +117,14 @@ class TorchOps:
         return torch.cat((rotated, x[..., dim:]), -1) if dim < x.shape[-1] else rotated
 
 
-def look_up(tokens: Tensor, table: QuantizedTensor) -> Tensor:
+class Table(Protocol):
+    """What rows are looked up in: a `QuantizedTensor`, or a matrix that is not quantized yet."""
+
+    def dequantize(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows [start, stop) as float32 [rows, inputs]."""
+
+
+def look_up(tokens: Tensor, table: Table) -> Tensor:
     """Rows of a table; only those asked for are dequantized."""
     ids, places = np.unique(tokens.numpy(), return_inverse=True)
     rows = np.stack([table.dequantize(i, i + 1)[0] for i in ids])
@@ -123,7 +132,7 @@ def look_up(tokens: Tensor, table: QuantizedTensor) -> Tensor:
 
 
 def embedded(
-    arch: Architecture, table: QuantizedTensor, sequences: Iterable[Sequence[int]], context: int
+    arch: Architecture, table: Table, sequences: Iterable[Sequence[int]], context: int
 ) -> Iterator[Tensor]:
     """What the first layer gets of each token sequence, cut to `context` tokens: [1, length, hidden]."""
     for sequence in sequences:

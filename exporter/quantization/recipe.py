@@ -61,11 +61,10 @@ class Recipe(BaseModel):
             scheme, why = fit(scheme)
             note = "; ".join(filter(None, (note, why)))
             algorithm = resolve_algorithm(rule.algorithm, scheme)
-            if not name.startswith("layers.") and find_algorithm(algorithm, scheme).from_hessian:
-                note = "; ".join(
-                    filter(None, (note, f"{algorithm} is for the layers' weights: {DEFAULT} here"))
-                )
-                algorithm = DEFAULT
+            if name == "embedding" and not arch.tied and find_algorithm(algorithm, scheme).from_hessian:
+                default = resolve_algorithm(DEFAULT, scheme)
+                why = f"it is only looked up, and {algorithm} weighs what is multiplied: {default} here"
+                note, algorithm = "; ".join(filter(None, (note, why))), default
             decisions[name] = Decision(scheme, algorithm, note or rule.reason)
         if idle := [rule.match for rule in self.rules if rule not in used]:
             raise RecipeError(

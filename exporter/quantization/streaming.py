@@ -6,9 +6,14 @@ for them, which gives the next layer's input. So a layer is quantized for the in
 give, as in the GPTQ paper: it can make up for their errors. Within a layer the inputs are those of the layer as it was;
 to quantize it matrix by matrix would take four runs instead of one, for no less error.
 
+The head comes last, for the outputs of the final norm. Where it is the embedding too, its rows are what a token is as
+well as what its logit is: the Hessian of the products is then given a share of the identity, of which each weight is
+as important, so that neither use pays for the other. The layers before are given the embedding as it was.
+
 Hidden states lie in a file, of which those of about `_TOKENS` tokens are in memory. At the peak memory holds a layer in
 float32, its Hessians, four more of the size of the widest one while that is factored, and about 0.5 GB for torch and
-the values on their way, however many layers there are (benchmarks/quantization.py --large).
+the values on their way, however many layers there are; or the integers of the head, whose floats are made some rows at
+a time (benchmarks/quantization.py --large).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +28,7 @@ from torch import Tensor
 
 from exporter import decoder
 from exporter.architecture import Architecture
-from exporter.checkpoint import Checkpoint
+from exporter.checkpoint import Checkpoint, Matrix
 from exporter.errors import RecipeError
 from exporter.quantization.algorithms import find_algorithm
 from exporter.quantization.recipe import Decision, calibrated
@@ -38,7 +43,12 @@ from exporter.torch_ops import TorchOps, embedded
 FEWEST = 128  # tokens of a calibration text
 _TOKENS = 1024  # that go through a layer together, where their sequences are of one length
 _COLUMNS = 1024  # of a Hessian that are summed up together: what lies below its diagonal is copied
+LOOKED_UP = (
+    0.3  # of the head's mean squared inputs, added to each where its rows are looked up too (measured)
+)
 _LAYER, _STATES, _FOUND = "layer {}", "states.{}.f32", "layer.{}.npz"
+_HEAD, _FOUND_HEAD = "head", "head.npz"
+_PARTS = ("data", "scales", "tables")  # of a quantized weight, those that it has
 
 Progress = Callable[[str, int, int], None]
 
@@ -54,9 +64,9 @@ class FoundWeights:
     def __call__(self, name: str) -> tuple[Quantized, str]:
         figures = self._figures[name]
         with np.load(self._folder / figures["file"], allow_pickle=False) as arrays:
-            data, scales = arrays[f"{name}.data"], arrays[f"{name}.scales"]
+            parts = {part: arrays[key] for part in _PARTS if (key := f"{name}.{part}") in arrays}
         outputs, inputs = figures["shape"]
-        tensor = QuantizedTensor(name, self._decisions[name].scheme, (outputs, inputs), data, scales)
+        tensor = QuantizedTensor(name, self._decisions[name].scheme, (outputs, inputs), **parts)
         return (tensor, figures["error"], figures["worst"]), figures["note"]
 
 
@@ -82,44 +92,70 @@ def quantize_layers(
             f"the calibration text has {sum(lengths)} tokens, and {FEWEST} are the fewest that say anything: give a "
             "longer one"
         )
-    layers = 1 + max(int(name.split(".")[1]) for name in calibrated(decisions))  # those behind need no inputs
-    total = (2 * layers - 1) * sum(lengths)
+    needed = calibrated(decisions)
+    head = next((name for name in needed if not name.startswith("layers.")), "")
+    # Layers behind the last that needs its inputs are not run
+    layers = arch.layers if head else 1 + max(int(name.split(".")[1]) for name in needed)
+    total = (2 * layers + (1 if head else -1)) * sum(lengths)
     figures: dict[str, Any] = {}
-    if not _resumes(work, layers):
-        table = QuantizedWeights(source, decisions).matrix("embedding")
+    if not _resumes(work, [*map(_LAYER.format, range(layers)), *([_HEAD] if head else [])]):
+        table = (
+            _Stored(source.matrix(head))
+            if head == "embedding"
+            else QuantizedWeights(source, decisions).matrix("embedding")
+        )
         work.step("embedding", lambda folder: _write(folder, 0, embedded(arch, table, sequences, context)))
+
+    def inputs(folder: Path, i: int, what: str, again: bool = False) -> Iterator[Tensor]:
+        """What layer `i`, or the head behind all layers, is given."""
+        done = (2 * i + again) * sum(lengths)
+        for x in _read(folder / _STATES.format(i), arch.hidden, lengths):
+            yield x
+            done += x.shape[0] * x.shape[1]
+            progress(f"quantize {what}", done, total)
+
     for i in range(layers):
 
         def make(folder: Path, i: int = i) -> Any:
-            done = 2 * i * sum(lengths)
-
-            def batches() -> Iterator[Tensor]:
-                nonlocal done
-                for x in _read(folder / _STATES.format(i), arch.hidden, lengths):
-                    yield x
-                    done += x.shape[0] * x.shape[1]
-                    progress(f"quantize layer {i + 1} of {arch.layers}", done, total)
-
-            layer = _Layer(source, decisions, i)
-            hessians = _hessians(arch, layer, context, i, batches())
+            layer, what = _Layer(source, decisions, i), f"layer {i + 1} of {arch.layers}"
+            hessians = _hessians(arch, layer, context, i, inputs(folder, i, what))
             found = _quantize(source, layer, hessians, folder / _FOUND.format(i))
             del hessians
-            if i + 1 < layers:
+            if head or i + 1 < layers:
                 ops = TorchOps(arch, layer, context, rounded=0)
-                _write(folder, i + 1, (_through(ops, i, x) for x in batches()))
+                _write(folder, i + 1, (_through(ops, i, x) for x in inputs(folder, i, what, again=True)))
             return found
 
         figures |= work.step(_LAYER.format(i), make, spent=[_STATES.format(i)])
+    if head:
+
+        def make_head(folder: Path) -> Any:
+            hessian = _head_hessian(source, context, inputs(folder, layers, "the head"))
+            tensor, found = _find(source, head, decisions[head], hessian)
+            _save(folder / _FOUND_HEAD, [tensor])
+            return {head: {"file": _FOUND_HEAD, **found}}
+
+        figures |= work.step(_HEAD, make_head, spent=[_STATES.format(layers)])
     return FoundWeights(work.folder, decisions, figures)
 
 
-def _resumes(work: Staging, layers: int) -> bool:
-    """Whether an earlier run left what the first unfinished layer needs; if not, all begins anew."""
-    first = next((i for i in range(layers) if not work.is_done(_LAYER.format(i))), layers)
-    if first == layers or (first and (work.folder / _STATES.format(first)).is_file()):
+def _resumes(work: Staging, steps: Sequence[str]) -> bool:
+    """Whether an earlier run left what the first unfinished step needs; if not, all begins anew."""
+    first = next((i for i, step in enumerate(steps) if not work.is_done(step)), len(steps))
+    if first == len(steps) or (first and (work.folder / _STATES.format(first)).is_file()):
         return True
     work.clear()
     return False
+
+
+class _Stored:
+    """A matrix as the checkpoint has it, for looking up."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self._matrix = matrix
+
+    def dequantize(self, start: int, stop: int) -> NDArray[np.float32]:
+        return to_float32(self._matrix.rows(start, stop))
 
 
 class _Layer:
@@ -186,11 +222,23 @@ def _hessians(
         _through(ops, i, x)
         tokens += x.shape[0] * x.shape[1]
     for hessian in sums.values():
-        hessian /= tokens
-        for start in range(0, len(hessian), _COLUMNS):
-            stop = start + _COLUMNS
-            hessian[stop:, start:stop] = hessian[start:stop, stop:].T
+        _make_mean(hessian, tokens)
     return sums
+
+
+def _head_hessian(source: Checkpoint, context: int, batches: Iterable[Tensor]) -> Tensor:
+    """As `_hessians`, of the head's inputs; of those that are looked up too see the module's text."""
+    arch, tokens = source.architecture, 0
+    ops = TorchOps(arch, QuantizedWeights(source, {}), context, rounded=0)
+    hessian = torch.zeros(arch.hidden, arch.hidden)
+    for x in batches:
+        normed = ops.rms_norm(x, "final_norm").reshape(-1, arch.hidden)
+        _add_squares(hessian, normed)
+        tokens += len(normed)
+    _make_mean(hessian, tokens)
+    if arch.tied:
+        hessian.diagonal().add_(LOOKED_UP * hessian.diagonal().mean())
+    return hessian
 
 
 def _add_squares(hessian: Tensor, x: Tensor) -> None:
@@ -198,6 +246,14 @@ def _add_squares(hessian: Tensor, x: Tensor) -> None:
     for start in range(0, len(hessian), _COLUMNS):
         stop = start + _COLUMNS
         hessian[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+
+def _make_mean(hessian: Tensor, tokens: int) -> None:
+    """What was added up of `tokens` becomes the mean, below the diagonal too."""
+    hessian /= tokens
+    for start in range(0, len(hessian), _COLUMNS):
+        stop = start + _COLUMNS
+        hessian[stop:, start:stop] = hessian[start:stop, stop:].T
 
 
 def _through(ops: TorchOps, i: int, x: Tensor) -> Tensor:
@@ -211,21 +267,35 @@ def _quantize(
     source: Checkpoint, layer: _Layer, hessians: dict[tuple[str, ...], Tensor], file: Path
 ) -> dict[str, Any]:
     """Quantize a layer's matrices, write those that needed Hessians, and leave in `layer` what all stand for."""
-    found, arrays = dict[str, Any](), dict[str, Any]()
+    found, tensors = dict[str, Any](), list[QuantizedTensor]()
     others = QuantizedWeights(source, layer.decisions)
     shared = {name: hessian for names, hessian in hessians.items() for name in names}
     for name, made in layer.decisions.items():
-        quantize = find_algorithm(made.algorithm, made.scheme).from_hessian
-        if quantize is None:
+        if find_algorithm(made.algorithm, made.scheme).from_hessian is None:
             layer.put(name, others.matrix(name).dequantize())
             continue
-        (tensor, error, worst), note = quantize(source.matrix(name), made.scheme, shared[name])
-        refuse_lost(name, made.scheme, error)
+        tensor, figures = _find(source, name, made, shared[name])
         layer.put(name, tensor.dequantize())
-        arrays |= {f"{name}.data": tensor.data, f"{name}.scales": tensor.scales}
-        found[name] = {"file": file.name, "shape": tensor.shape, "error": error, "worst": worst, "note": note}
-    np.savez(file, **arrays)
+        tensors.append(tensor)
+        found[name] = {"file": file.name, **figures}
+    _save(file, tensors)
     return found
+
+
+def _find(
+    source: Checkpoint, name: str, made: Decision, hessian: Tensor
+) -> tuple[QuantizedTensor, dict[str, Any]]:
+    """Quantize one weight, and its figures for `FoundWeights`."""
+    quantize = find_algorithm(made.algorithm, made.scheme).from_hessian
+    assert quantize, "one that is calibrated"
+    (tensor, error, worst), note = quantize(source.matrix(name), made.scheme, hessian)
+    refuse_lost(name, made.scheme, error)
+    return tensor, {"shape": tensor.shape, "error": error, "worst": worst, "note": note}
+
+
+def _save(file: Path, tensors: Sequence[QuantizedTensor]) -> None:
+    parts = {f"{tensor.name}.{part}": getattr(tensor, part) for tensor in tensors for part in _PARTS}
+    np.savez(file, **{key: values for key, values in parts.items() if values is not None})
 
 
 def _write(folder: Path, i: int, states: Iterable[Tensor]) -> None:

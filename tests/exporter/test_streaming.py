@@ -157,21 +157,54 @@ def test_progress_rises_to_its_end(checkpoints, tmp_path):
         decisions = Recipe.uniform("int4", "gptq").resolve(source.architecture)
         work = Staging(tmp_path, "x")
         streaming.quantize_layers(source, decisions, IDS, 96, work, lambda *what: told.append(what))
-    assert list(dict.fromkeys(what for what, _, _ in told)) == [f"quantize layer {i} of 3" for i in (1, 2, 3)]
+    steps = [*(f"quantize layer {i} of 3" for i in (1, 2, 3)), "quantize the head"]
+    assert list(dict.fromkeys(what for what, _, _ in told)) == steps
     done, totals = [count for _, count, _ in told], {total for _, _, total in told}
     assert done == sorted(set(done))
     assert totals == {done[-1]}
 
 
-def test_what_is_looked_up_and_the_head_are_rounded(checkpoints):
+def head_alone(tied: bool) -> Recipe:
+    name = "embedding" if tied else "head"
+    rules = (
+        Rule(match=name, scheme="int8-channel", algorithm="gptq"),
+        Rule(match="*", scheme="fp32"),
+    )
+    return Recipe(name="r", rules=rules)
+
+
+def test_the_heads_hessian_is_that_of_what_transformers_gives_it(family, checkpoints, monkeypatch, tmp_path):
+    """And with a share of the identity where its rows are looked up too: the layers got them as they were."""
+    recorded, model = Recording(monkeypatch), checkpoints.model(family)
+    tied = model.config.tie_word_embeddings
+    run(checkpoints.folder(family), tmp_path / "work", head_alone(tied), context=64)
+    inputs: list[torch.Tensor] = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1)))
+    with torch.no_grad():
+        for ids in filter(None, IDS):
+            model(torch.tensor([ids[:64]]))
+    hook.remove()
+    x = torch.cat(inputs)
+    expected = x.T @ x / len(x)
+    if tied:
+        expected += streaming.LOOKED_UP * expected.diagonal().mean() * torch.eye(len(expected))
+    (found,) = recorded.hessians.values()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_the_head_is_quantized_as_the_layers_are_and_what_is_only_looked_up_is_rounded(checkpoints):
     with open_checkpoint(checkpoints.folder("llama-biases")) as source:
         decisions = Recipe.uniform("int4", "gptq").resolve(source.architecture)
-        for name in ("embedding", "head"):
-            assert decisions[name].algorithm == "rtn"
-            assert "gptq is for the layers' weights: rtn here" in decisions[name].note
-        assert decisions["layers.0.mlp.up"].algorithm == "gptq"
+        assert decisions["embedding"].algorithm == "rtn"
+        assert decisions["embedding"].note == (
+            "it is only looked up, and gptq weighs what is multiplied: rtn here"
+        )
+        assert decisions["head"].algorithm == decisions["layers.0.mlp.up"].algorithm == "gptq"
         with pytest.raises(RecipeError, match=r"layers\.0\.mlp\.up needs a calibration run"):
             QuantizedWeights(source, decisions).matrix("layers.0.mlp.up")
+    with open_checkpoint("pepper") as source:
+        tied = Recipe.uniform("int4", "gptq").resolve(source.architecture)["embedding"]
+        assert (tied.algorithm, tied.note) == ("gptq", "")
 
 
 # bundles
@@ -193,7 +226,7 @@ def test_every_family_passes_the_gate(family, checkpoints, text, tmp_path):
     assert bundle.manifest.gate.status == "passed"
     by_name = {tensor.name: tensor for tensor in bundle.manifest.tensors}
     assert by_name["layers.2.attention.o"].algorithm == "gptq"
-    assert by_name["embedding"].algorithm == "rtn"
+    assert by_name["embedding"].algorithm == ("rtn" if "head" in by_name else "gptq")
     assert bundle.manifest.recipe["rules"][-1]["algorithm"] == "gptq"
     said = {
         choice.topic: choice
@@ -220,14 +253,18 @@ def test_every_format_stores_the_same_integers(format, checkpoints, text, tmp_pa
     assert made.manifest.gate.status == ("passed" if format == "executorch" else "unverified")
 
 
-def test_a_plan_explains_it_and_its_text(tmp_path, text):
+def test_a_plan_explains_it_and_its_text(checkpoints, text):
     with open_checkpoint("pepper") as source:
         arch = source.architecture
     plans = [make_plan(arch, scheme="int4", algorithm="gptq", calibration=given) for given in (None, text)]
+    with open_checkpoint(checkpoints.folder("llama-biases")) as source:
+        untied = make_plan(source.architecture, scheme="int4", algorithm="gptq")
+    said = [(choice.topic, choice.value) for choice in untied.choices]
+    assert ("algorithm", "gptq for 22 tensors") in said
+    assert ("algorithm", "rtn for 1 tensor") in said
     for plan, value in zip(plans, ("the text that is shipped", "보정.txt"), strict=True):
         said = [(choice.topic, choice.value) for choice in plan.choices]
-        assert ("algorithm", "gptq for 28 tensors") in said
-        assert ("algorithm", "rtn for 1 tensor") in said
+        assert ("algorithm", "gptq") in said
         assert ("calibration", value) in said
     before = plans[1].fingerprint()
     assert before != plans[0].fingerprint()
@@ -317,6 +354,37 @@ def test_what_is_damaged_is_done_again(damaged, checkpoints, monkeypatch, tmp_pa
     for name, (quantized, note) in expected.items():
         assert again[name][0][0].digest() == quantized[0].digest()
         assert (again[name][0][1:], again[name][1]) == (quantized[1:], note)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama-biases"])
+def test_a_run_that_ended_at_the_head_goes_on_there(name, checkpoints, monkeypatch, tmp_path):
+    folder, recipe = checkpoints.folder(name), Recipe.uniform("int4", "gptq")
+    expected = run(folder, tmp_path / "fresh", recipe)
+    with monkeypatch.context() as patched:
+        patched.setattr(streaming, "_save", stopping_at(streaming._save, "head.npz"))
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, tmp_path / "work", recipe)
+    with monkeypatch.context() as patched:
+        patched.setattr(streaming, "_save", stopping_at(streaming._save, "layer."))
+        again = run(folder, tmp_path / "work", recipe)
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {
+        ".progress.json",
+        "head.npz",
+        *(f"layer.{i}.npz" for i in range(3)),
+    }
+    assert ("embedding" if name == "qwen2" else "head") in again
+    for weight, (quantized, note) in expected.items():
+        assert again[weight][0][0].digest() == quantized[0].digest()
+        assert (again[weight][0][1:], again[weight][1]) == (quantized[1:], note)
+
+
+def stopping_at(original: Any, start: str) -> Any:
+    def save(file: Path, tensors: Any) -> None:
+        if file.name.startswith(start):
+            raise KeyboardInterrupt
+        original(file, tensors)
+
+    return save
 
 
 # what is refused
@@ -412,18 +480,18 @@ class Kept:
 
 
 def test_far_less_is_lost_than_by_rounding(tmp_path):
-    """Mean KL divergence from the float model on questions that pepper never saw, the layers' weights at 4 bits."""
+    """Mean KL divergence from the float model on questions that pepper never saw, the layers' weights at 4 bits, or all."""
     with open_checkpoint("pepper") as source:
         arch, texts = source.architecture, held_out_text(source)
         reference: list[torch.Tensor] = []
 
-        def divergence(algorithm: str, scheme: str) -> float:
+        def divergence(algorithm: str, scheme: str, embedding: str = "int8") -> float:
             rules = (
-                Rule(match="embedding", scheme="int8"),
+                Rule(match="embedding", scheme=embedding, algorithm=algorithm),
                 Rule(match="*", scheme=scheme, algorithm=algorithm),
             )
             decisions = Recipe(name="r", rules=rules).resolve(arch)
-            work = tmp_path / algorithm
+            work = tmp_path / f"{algorithm}-{embedding}"
             work.mkdir()
             more: dict[str, Any] = {}
             if calibrated(decisions):
@@ -444,8 +512,10 @@ def test_far_less_is_lost_than_by_rounding(tmp_path):
         absmax, gptq, ordered = (
             divergence(name, "int4") for name in ("rtn-absmax", "gptq", "gptq-act-order")
         )
+        whole_absmax, whole = (divergence(name, "int4", "int4") for name in ("rtn-absmax", "gptq"))
     assert 0 < gptq <= absmax / 3
     assert ordered <= absmax / 3
+    assert whole <= whole_absmax / 3
 
 
 def test_pepper_answers_as_before(tmp_path):
