@@ -33,11 +33,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Task:
-    """Symmetric integers of so many bits, in groups along the inputs; None is a scale for each output."""
+    """Symmetric integers of so many bits, in groups along the inputs; None is a scale for each output.
+
+    `repeats`: of which the quickest counts; `dtype`: what the model computes in, "auto" is the checkpoint's.
+    """
 
     bits: int
     group: int | None
     repeats: int = 1
+    dtype: str = "float32"
 
 
 def environment(peer: str) -> Path:
@@ -66,6 +70,31 @@ def quantize(
 
     The sequences have one length: auto-round takes no others. `work` is left with what is found.
     """
+    outputs, said = _run(peer, checkpoint, sequences, tasks, work, threads)
+    return [
+        Found(merged(checkpoint, file, work / file.stem), answer["seconds"], answer["versions"])
+        for file, answer in zip(outputs, said, strict=True)
+    ]
+
+
+def seconds(
+    peer: str, checkpoint: Path, sequences: Sequence[Sequence[int]], task: Task, work: Path, threads: int
+) -> float:
+    """How long a peer's quantizing takes; what it finds is thrown away."""
+    (output,), (said,) = _run(peer, checkpoint, sequences, [task], work, threads)
+    output.unlink()
+    return float(said["seconds"])
+
+
+def _run(
+    peer: str,
+    checkpoint: Path,
+    sequences: Sequence[Sequence[int]],
+    tasks: Sequence[Task],
+    work: Path,
+    threads: int,
+) -> tuple[list[Path], list[dict[str, Any]]]:
+    """The files that the worker wrote, and what it said of each."""
     work.mkdir(parents=True, exist_ok=True)
     np.save(work / "sequences.npy", np.array(sequences, np.int64))
     outputs = [work / f"{peer}-{place}.safetensors" for place, _ in enumerate(tasks)]
@@ -78,11 +107,7 @@ def quantize(
     (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
     command = [str(environment(peer)), str(HERE / "peer_worker.py"), str(work / "job.json")]
     run = run_or_stop(command, {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
-    said = read_answers(run.stdout, len(tasks))
-    return [
-        Found(merged(checkpoint, file, work / file.stem), answer["seconds"], answer["versions"])
-        for file, answer in zip(outputs, said, strict=True)
-    ]
+    return outputs, read_answers(run.stdout, len(tasks))
 
 
 def read_answers(printed: str, tasks: int) -> list[dict[str, Any]]:
