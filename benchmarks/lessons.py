@@ -30,11 +30,28 @@ _FEELINGS = {
     "en": "happily quietly slowly hurriedly excitedly carefully".split(),
 }
 _DEEDS = {
-    "ko": (("찾았", "잃어버렸던"), ("그렸", "처음 본"), ("숨겼", "반짝이는"), ("나누었", "선물 받은"), ("고쳤", "망가진")),
-    "en": (("found", "lost"), ("painted", "strange"), ("hid", "shining"), ("shared", "borrowed"), ("mended", "broken")),
+    "ko": (
+        ("찾았", "잃어버렸던"),
+        ("그렸", "처음 본"),
+        ("숨겼", "반짝이는"),
+        ("나누었", "선물 받은"),
+        ("고쳤", "망가진"),
+    ),
+    "en": (
+        ("found", "lost"),
+        ("painted", "strange"),
+        ("hid", "shining"),
+        ("shared", "borrowed"),
+        ("mended", "broken"),
+    ),
 }
 _ENDS = {
-    "ko": ("모두가 웃었어요.", "집으로 돌아가는 길이 즐거웠어요.", "그날 밤 꿈에 또 나왔어요.", "이웃들도 좋아했어요."),
+    "ko": (
+        "모두가 웃었어요.",
+        "집으로 돌아가는 길이 즐거웠어요.",
+        "그날 밤 꿈에 또 나왔어요.",
+        "이웃들도 좋아했어요.",
+    ),
     "en": (
         "Everybody laughed together.",
         "The way home felt short.",
@@ -51,7 +68,11 @@ def _recall(random: Random, language: str) -> tuple[str, str]:
     values = [random.randrange(10, 1000) for _ in things]
     asked = random.randrange(len(things))
     pairs = ", ".join(f"{thing}={value}" for thing, value in zip(things, values, strict=True))
-    question = f"{with_particle(things[asked], '은/는')} 몇이야?" if language == "ko" else f"What is {things[asked]}?"
+    question = (
+        f"{with_particle(things[asked], '은/는')} 몇이야?"
+        if language == "ko"
+        else f"What is {things[asked]}?"
+    )
     return f"{pairs}. {question}", f"{things[asked]}={values[asked]}"
 
 
@@ -95,8 +116,8 @@ def _left_over(random: Random, language: str) -> tuple[str, str]:
     left = had + got - gave
     if language == "ko":
         return (
-            f"{with_particle(name, '은/는')} {with_particle(thing, '을/를')} {had}개 가지고 있었어요. {got}개를 더 사고, "
-            f"{friend}에게 {gave}개를 주었어요. 몇 개가 남았어?",
+            f"{with_particle(name, '은/는')} {with_particle(thing, '을/를')} {had}개 가지고 있었어요. "
+            f"{got}개를 더 사고, {friend}에게 {gave}개를 주었어요. 몇 개가 남았어?",
             f"{left}개가 남았어요.",
         )
     return (
@@ -141,9 +162,10 @@ def _tell(random: Random, language: str) -> tuple[str, str]:
     if language == "ko":
         return (
             f"{with_particle(name, '과/와')} {thing} 이야기를 들려줘.",
-            f"{day} 아침, {with_particle(name, '은/는')} {place}에 갔어요. 거기서 {kind} {with_particle(thing, '을/를')} "
-            f"{verb}어요. {with_particle(friend, '이/가')} {other} 옆에서 {feeling} 말했어요. “{name}, {thing} 정말 "
-            f"멋지다!” {with_particle(name, '과/와')} {with_particle(friend, '은/는')} 함께 놀았어요. {end}",
+            f"{day} 아침, {with_particle(name, '은/는')} {place}에 갔어요. "
+            f"거기서 {kind} {with_particle(thing, '을/를')} {verb}어요. "
+            f"{with_particle(friend, '이/가')} {other} 옆에서 {feeling} 말했어요. “{name}, {thing} 정말 멋지다!” "
+            f"{with_particle(name, '과/와')} {with_particle(friend, '은/는')} 함께 놀았어요. {end}",
         )
     return (
         f"Tell me about {name} and the {thing}.",
@@ -171,7 +193,7 @@ def _is_held_out(prompt: str) -> bool:
 
 
 def lessons(random: Random, held: bool, kinds: tuple[str, ...] = tuple(LESSONS)) -> Iterator[Question]:
-    """The endless stream of lessons, in turn from each of `kinds`: those that are held out of training, or the others."""
+    """The endless stream of lessons, in turn from each of `kinds`: those held out of training, or the others."""
     while True:
         for kind in kinds:
             language = random.choice(LANGUAGES)
@@ -188,7 +210,10 @@ def conversations(seed: int) -> Iterator[str]:
         turns: list[dict[str, str]] = []
         for _ in range(random.choice((1, 1, 1, 2))):
             asked = next(random.choice((peppers, taught)))
-            turns += [{"role": "user", "content": asked.prompt}, {"role": "assistant", "content": asked.answer}]
+            turns += [
+                {"role": "user", "content": asked.prompt},
+                {"role": "assistant", "content": asked.answer},
+            ]
         yield render(turns)
 
 

@@ -2,11 +2,11 @@
 
     VENV/bin/python peer_worker.py JOB.json
 
-JOB: `peer` (a key of PEERS), `checkpoint` (a folder), `sequences` (an .npy of token ids, int64 [sequences, length]), and
-`tasks`, each with `bits`, `group` (null: a scale for each output), `repeats` and `output`: the layers' matrices, as what
-they stand for, float32, under Hugging Face's names, as safetensors. For each task a line of JSON is printed: `seconds`,
-of quantizing alone with what is loaded and imported before, the quickest of `repeats`; and `versions`. The embedding
-and the head stay as they are.
+JOB: `peer` (a key of PEERS), `checkpoint` (a folder), `sequences` (an .npy of token ids, int64 [sequences, length]),
+and `tasks`, each with `bits`, `group` (null: a scale for each output), `dtype` that the model computes in, `repeats`,
+and `output`: the layers' matrices, as what they stand for, float32, under Hugging Face's names, as safetensors. For
+each task a line of JSON is printed: `seconds`, of quantizing alone, with all loaded and imported before, the quickest
+of `repeats`; and `versions`. The embedding and the head stay as they are.
 
 What is not said here is each library's default. Imports nothing of Gochu.
 """
@@ -28,7 +28,12 @@ def llm_compressor(model: Any, sequences: Any, bits: int, group: int | None) -> 
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group" if group else "channel"}
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group" if group else "channel",
+    }
     weights |= {"group_size": group} if group else {}
     config = {"group_0": {"targets": ["Linear"], "weights": weights}}
     recipe = GPTQModifier(config_groups=config, ignore=["lm_head"])
@@ -73,7 +78,7 @@ def quantize(job: dict[str, Any], task: dict[str, Any]) -> float:
     sequences = torch.from_numpy(np.load(job["sequences"]))
     best = float("inf")
     for _ in range(task["repeats"]):
-        model = AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=task["dtype"]).eval()
         run = prepare(model, sequences, task["bits"], task["group"])
         start = time.perf_counter()
         run()

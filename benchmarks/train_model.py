@@ -8,6 +8,7 @@ machine. What is cut off goes on at the last hundredth step.
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -50,7 +51,6 @@ def main() -> None:
 def make(folder: Path, seed: int = 0, steps: int = HOW.steps, threads: int = pepper.THREADS) -> None:
     """Train the model and write it into `folder`, with a table of what it answers."""
     import torch
-    from dataclasses import replace
 
     torch.set_num_threads(threads)
     pepper.keep_memory()

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 GROUP = 32
 _IGNORED = -100  # the target that the loss leaves out
 LONGEST_ANSWER = 24  # tokens
+REPORTS = 100  # steps between two lines of progress, and between two states that are kept
 THREADS = 2  # sums are added up in another order with another number
 
 
@@ -242,7 +243,7 @@ def train(
     """A model (float32) trained for `how.steps` steps; `report` gets a line of progress now and then.
 
     The same seed and steps give the same weights on the same machine with the same number of threads. `kept`: a file
-    that holds the training as it stood at the last hundredth step, from which it goes on; it is removed at the end.
+    that holds the training as it last stood at a line of progress, from which it goes on; it is removed at the end.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -283,9 +284,9 @@ def train(
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
-        if step % 100 == 0:
+        if step % REPORTS == 0:
             line = f"{time.monotonic() - started:5.0f} s  step {step}/{how.steps}  loss {loss.item():.4f}"
-            if step % 500 == 0:
+            if step % (5 * REPORTS) == 0:
                 line += f"  held-out answers right {model_score(model, tokenizer, sample).overall.rate:.1%}"
             report(line)
             if kept:

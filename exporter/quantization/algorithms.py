@@ -28,11 +28,11 @@ class Algorithm:
 
 
 def _gptq(
-    matrix: Matrix, scheme: Scheme, hessian: "Tensor", *, act_order: bool = False
+    matrix: Matrix, scheme: Scheme, hessian: "Tensor", *, act_order: bool = False, sweeps: int = 0
 ) -> tuple[Quantized, str]:
     from exporter.quantization.gptq import quantize_gptq  # here: what follows a Hessian needs torch
 
-    return quantize_gptq(matrix, scheme, hessian, act_order=act_order)
+    return quantize_gptq(matrix, scheme, hessian, act_order=act_order, sweeps=sweeps)
 
 
 def _kmeans_hessian(matrix: Matrix, scheme: Scheme, hessian: "Tensor") -> tuple[Quantized, str]:
@@ -60,6 +60,11 @@ ALGORITHMS = {
         "GPTQ (Frantar et al. 2022, arXiv 2210.17323) that rounds the weights of the largest activations first, at "
         "scales found before",
         from_hessian=partial(_gptq, act_order=True),
+    ),
+    "gptq-descent": Algorithm(
+        "gptq-act-order, and then each weight and scale in turn is chosen anew for what the others have left, as in "
+        "QuantEase (Behdin et al. 2023, arXiv 2309.01885): the least error, and the slowest",
+        from_hessian=partial(_gptq, act_order=True, sweeps=3),
     ),
 }
 TABLE_DEFAULT = "kmeans"

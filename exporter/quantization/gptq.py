@@ -16,6 +16,7 @@ from torch import Tensor
 
 from exporter.checkpoint import Matrix
 from exporter.errors import RecipeError
+from exporter.quantization.descent import descend
 from exporter.quantization.hessian import DAMPING, mean_square, refuse_not_finite
 from exporter.quantization.rtn import Quantized, mse_scales, quantize_mse
 from exporter.quantization.scheme import Scheme
@@ -29,13 +30,14 @@ _AT_ONCE = 1 << 23  # weights in memory as float32; outputs do not depend on eac
 
 @torch.no_grad()
 def quantize_gptq(
-    matrix: Matrix, scheme: Scheme, hessian: Tensor, *, act_order: bool = False
+    matrix: Matrix, scheme: Scheme, hessian: Tensor, *, act_order: bool = False, sweeps: int = 0
 ) -> tuple[Quantized, str]:
     """Integers of least error on the inputs that `hessian` is of, and a note where it needed more damping.
 
     `hessian`: the mean of x xᵀ over the weight's inputs x, float32 [inputs, inputs]. `act_order`: inputs with the
     largest activations first, while they can still be made up for; groups then keep the scales of the weights as they
-    were, so that they stay what they are in every format. RecipeError if the Hessian is not one.
+    were, so that they stay what they are in every format. `sweeps`: how often all are chosen anew afterwards
+    (`quantization.descent`). RecipeError if the Hessian is not one.
     """
     nearest, _, _ = quantize_mse(matrix, scheme)  # which refuses weights that the scheme cannot hold
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
@@ -49,6 +51,10 @@ def quantize_gptq(
         stop = min(start + step, outputs)
         w = torch.tensor(to_float32(matrix.rows(start, stop)))
         q, found = _feed_back(w, factor, scheme, order)
+        if sweeps:
+            across = w.T.contiguous()
+            descend(across, q, found, hessian, 2 ** (scheme.bits - 1) - 1, sweeps)
+        q, found = q.T, found.T
         error = w - (q.reshape(*found.shape, -1) * found[..., None]).reshape(w.shape)
         plain = w - torch.from_numpy(nearest.dequantize(start, stop))
         better = output_error(error, hessian) < output_error(plain, hessian)
@@ -87,7 +93,7 @@ def _factor(name: str, hessian: Tensor) -> tuple[Tensor, str]:
 
 
 def _feed_back(w: Tensor, factor: Tensor, scheme: Scheme, order: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Integers (as float32) [outputs, inputs] and scales [outputs, groups] of weights [outputs, inputs].
+    """Integers (as float32) [inputs, outputs] and scales [groups, outputs] of weights [outputs, inputs].
 
     Inputs lie in rows here, so that a step works on a row and a group's scales are found as `rtn` finds them.
     """
@@ -116,7 +122,7 @@ def _feed_back(w: Tensor, factor: Tensor, scheme: Scheme, order: Tensor | None) 
         w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     if order is not None:
         q[order] = q.clone()
-    return q.T, scales.T
+    return q, scales
 
 
 def output_error(error: Tensor, hessian: Tensor) -> Tensor:
