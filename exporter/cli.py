@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exporter import cli_report, cli_target
+from exporter import cli_quality, cli_report, cli_target
 from exporter.errors import GochuError
 
 if TYPE_CHECKING:
@@ -703,6 +703,7 @@ def _print_json(value: Any) -> None:
 
 
 cli_report.register(app)
+cli_quality.register(app)
 
 
 def main() -> None:
