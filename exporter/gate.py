@@ -95,14 +95,20 @@ def verify(bundle: Bundle, progress: Callable[[str], None] = lambda check: None)
         form = find_format(variant.format)
         for library in ("torch", *form.libraries):
             extras.check(library, form.extra)
-    done: list[Check] = []
     arch = read_architecture(read_json(bundle.file("config.json"), required=True))
-    for check in _checks(bundle, arch, progress):
+    done = require_passed(_checks(bundle, arch, progress))
+    ran = any(runs_here(variant) or _simulated(variant) for variant in bundle.manifest.variants)
+    return Gate(status="passed" if ran else "unverified", checks=done)
+
+
+def require_passed(checks: Iterable[Check]) -> tuple[Check, ...]:
+    """All checks; GateFailed at the first that does not pass."""
+    done: list[Check] = []
+    for check in checks:
         done.append(check)
         if not check.passed:
             raise GateFailed(f"the gate failed at {check.name}: {check.detail}; the bundle must not be used")
-    ran = any(runs_here(variant) or _simulated(variant) for variant in bundle.manifest.variants)
-    return Gate(status="passed" if ran else "unverified", checks=tuple(done))
+    return tuple(done)
 
 
 def _checks(bundle: Bundle, arch: Architecture, progress: Callable[[str], None]) -> Iterator[Check]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from exporter.staging import Staging
 from exporter.stored import stored_weights
 from exporter.tokenizer import TextSide, bundled_text_side, read_text_side
 from exporter.torch_ops import ROUNDINGS, TorchOps
-from runtimes.bundle import MANIFEST, Bundle
+from runtimes.bundle import MANIFEST, Bundle, Variant
 from runtimes.engines import Engine, choose_variant, open_engine
 
 FLOAT = "float"  # activations that are not rounded
@@ -171,20 +171,22 @@ def _quantized(
 def _bundle(bundle: Bundle, name: str | None) -> Side:
     """A bundle's variant that runs here: its own weights, and its own engine."""
     variant, _ = choose_variant(bundle, name)
-    arch = read_architecture(read_json(bundle.file("config.json"), required=True))
 
     def engine(context: int) -> Engine:
         return open_engine(bundle, variant.name, context=context)
 
-    rounds = variant.engine if variant.engine in ROUNDINGS else FLOAT
+    return replace(variant_side(bundle, variant, stored_weights(bundle, variant)), engine=engine)
+
+
+def variant_side(bundle: Bundle, variant: Variant, weights: Weights) -> Side:
+    """A variant's weights, with the rounding of its engine, as the reference decoder runs them."""
     return Side(
         name=str(bundle.path),
         what=f"{variant.name}, run by {variant.engine}",
         source=bundle.manifest.model.source,
-        arch=arch,
+        arch=read_architecture(read_json(bundle.file("config.json"), required=True)),
         text=bundled_text_side(bundle),
-        weights=stored_weights(bundle, variant),
-        rounds=rounds,
+        weights=weights,
+        rounds=variant.engine if variant.engine in ROUNDINGS else FLOAT,
         context=variant.context,
-        engine=engine,
     )
