@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exporter import cli_report, cli_target
+from exporter import cli_quality, cli_report, cli_target
 from exporter.errors import GochuError
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def _help(text: str, *examples: str) -> str:
         "gochu export org/model --revision main --device 'iPhone 16 Pro' --context 2048 -o out/",
         "gochu export ./Llama-3.2-1B-Instruct --scheme int4-g128 --algorithm gptq --calibration 대화.jsonl -o out/",
         "gochu export pepper --scheme int4-g128 --algorithm gptq --prepare hadamard -o out/",
+        "gochu export pepper --scheme int4 --algorithm gptq --max-kl 0.05 --min-agreement 95 -o out/",
         "gochu export pepper --format executorch --delegate vulkan --device 'Galaxy S24' -o out/",
         "gochu export pepper --delegate hexagon --chips sm8550,sm8650 --scheme int4 -o out/",
         "gochu export pepper --delegate hexagon --device 'Galaxy S23' --recipe hexagon-w4a16 -o out/",
@@ -137,11 +138,20 @@ def export(
         bool,
         typer.Option("--verify/--no-verify", help="Pass the gate, or leave the bundle marked unverified."),
     ] = True,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="The gate's bound on the KL divergence from the float model, in nats a token."),
+    ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(help="Its bound on tokens after which both find the same one likeliest, in percent."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
     as_json: Json = False,
 ) -> None:
     from exporter import console
     from exporter.pipeline import export
+    from exporter.quality_gate import QualityBounds
     from runtimes.engines import runs_here
 
     with console.progress() as progress, _told_when_stopped():
@@ -160,6 +170,7 @@ def export(
             prepare=_names(prepare),
             revision=revision,
             verify=verify,
+            bounds=QualityBounds(max_kl, min_agreement),
             force=force,
             progress=progress,
         )
@@ -719,6 +730,7 @@ def _print_json(value: Any) -> None:
 
 
 cli_report.register(app)
+cli_quality.register(app)
 
 
 def main() -> None:

@@ -51,6 +51,8 @@ class Export(Strict):
     prepare: tuple[str, ...] = ()
     revision: str | None = None
     verify: bool = True
+    max_kl: float | None = None
+    min_agreement: float | None = None
     force: bool = False
 
     def there(self) -> bool:
@@ -72,6 +74,7 @@ class Export(Strict):
         """Do it, and note beside the bundle what it was made from."""
         from exporter.npu.hexagon_plan import Wishes
         from exporter.pipeline import export
+        from exporter.quality_gate import QualityBounds
         from exporter.quantization.recipe import find_recipe
 
         output = Path(self.output)
@@ -81,9 +84,8 @@ class Export(Strict):
             wishes=Wishes(self.chips, self.split, self.allow_cpu_ops),
             calibration=Path(self.calibration) if self.calibration else None,
             recipe=find_recipe(self.recipe) if self.recipe else None,
-            **self.model_dump(
-                exclude={"checkpoint", "output", "chips", "allow_cpu_ops", "split", "calibration", "recipe"}
-            ),
+            bounds=QualityBounds(self.max_kl, self.min_agreement),
+            **self.model_dump(exclude=_READ),
         )
         write_whole(_note(output), json.dumps(self._made(output), ensure_ascii=False))
 
@@ -91,6 +93,13 @@ class Export(Strict):
         asked = self.model_dump(mode="json", exclude={"output", "force"})
         manifest = output / MANIFEST
         return {"export": asked, "manifest": file_sha256(manifest) if manifest.is_file() else ""}
+
+
+# What `make` passes on in another form.
+_READ = {
+    *("checkpoint", "output", "chips", "allow_cpu_ops", "split", "calibration", "recipe"),
+    *("max_kl", "min_agreement"),
+}
 
 
 def _note(output: Path) -> Path:

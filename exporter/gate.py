@@ -16,6 +16,7 @@ from exporter.checkpoint import read_json
 from exporter.errors import GateFailed
 from exporter.formats import NEURAL_ENGINE, find_format
 from exporter.residency import heavy_elsewhere
+from exporter.stored import is_quantized, stored_weights
 from exporter.tokenizer import find_probes
 from runtimes import extras
 from runtimes.bundle import Bundle, Check, Gate, TensorReport, Variant
@@ -94,14 +95,20 @@ def verify(bundle: Bundle, progress: Callable[[str], None] = lambda check: None)
         form = find_format(variant.format)
         for library in ("torch", *form.libraries):
             extras.check(library, form.extra)
-    done: list[Check] = []
     arch = read_architecture(read_json(bundle.file("config.json"), required=True))
-    for check in _checks(bundle, arch, progress):
+    done = require_passed(_checks(bundle, arch, progress))
+    ran = any(runs_here(variant) or _simulated(variant) for variant in bundle.manifest.variants)
+    return Gate(status="passed" if ran else "unverified", checks=done)
+
+
+def require_passed(checks: Iterable[Check]) -> tuple[Check, ...]:
+    """All checks; GateFailed at the first that does not pass."""
+    done: list[Check] = []
+    for check in checks:
         done.append(check)
         if not check.passed:
             raise GateFailed(f"the gate failed at {check.name}: {check.detail}; the bundle must not be used")
-    ran = any(runs_here(variant) or _simulated(variant) for variant in bundle.manifest.variants)
-    return Gate(status="passed" if ran else "unverified", checks=tuple(done))
+    return tuple(done)
 
 
 def _checks(bundle: Bundle, arch: Architecture, progress: Callable[[str], None]) -> Iterator[Check]:
@@ -120,7 +127,7 @@ def _checks(bundle: Bundle, arch: Architecture, progress: Callable[[str], None])
             continue
         if variant.delegate == NEURAL_ENGINE:
             yield _rules(bundle, variant)
-        weights = _weights(bundle, variant)
+        weights = stored_weights(bundle, variant)
         progress("integers")
         yield _integers(bundle, variant, arch, weights)
         progress("tokens")
@@ -215,38 +222,6 @@ def _tokenizer(bundle: Bundle, tokenizer: Tokenizer) -> Check:
     return Check(name="tokenizer", passed=not wrong, detail=detail)
 
 
-def _is_quantized(variant: Variant) -> bool:
-    """Whether the values that flow through the graphs are integers."""
-    sources = variant.compiled.sources if variant.compiled else ()
-    return any(spec.scale is not None for entry in sources for spec in entry.inputs)
-
-
-def _weights(bundle: Bundle, variant: Variant) -> "Weights":
-    """The weights as the variant's own files hold them."""
-    path = bundle.file(variant.entry_points[0].file)
-    arch = read_architecture(read_json(bundle.file("config.json"), required=True))
-    if variant.format == "coreml":
-        from exporter.formats.coreml_weights import read_weights
-
-        return read_weights(bundle, variant, arch)
-    if variant.format == "onnx":
-        from exporter.formats.onnx import GRAPH
-        from exporter.formats.onnx_qdq_weights import QdqWeights
-        from exporter.formats.onnx_weights import OnnxWeights
-
-        if variant.compiled is None:
-            return OnnxWeights(path)
-        graphs = {e.name: bundle.file(e.file) for e in variant.compiled.sources}
-        steps = [graph for name, graph in graphs.items() if name.startswith("decode")]
-        if _is_quantized(variant):
-            return QdqWeights(steps, OnnxWeights(bundle.file(GRAPH)))
-        return OnnxWeights(*steps, graphs["embed"])
-    extras.require("executorch.exir", "executorch")
-    from exporter.formats.executorch_weights import ExecuTorchWeights
-
-    return ExecuTorchWeights(path, arch)
-
-
 def _integers(bundle: Bundle, variant: Variant, arch: Architecture, weights: "Weights") -> Check:
     """Every matrix, and where a format keeps them in float32 every norm and bias, is what the quantizer found."""
     from exporter.quantization.tensor import vector_digest
@@ -257,7 +232,7 @@ def _integers(bundle: Bundle, variant: Variant, arch: Architecture, weights: "We
         return weights.matrix(report.name).digest()
 
     reports = bundle.manifest.tensors
-    if variant.format == "coreml" or _is_quantized(variant):  # vectors are rounded to 16 bits
+    if variant.format == "coreml" or is_quantized(variant):  # vectors are rounded to 16 bits
         reports = tuple(report for report in reports if len(report.shape) == 2)
     lost = {name for name, _ in (*arch.matrices(), *arch.vectors())} - {
         r.name for r in bundle.manifest.tensors
@@ -287,7 +262,7 @@ def _tokens(
     spread = np.maximum(exact.max(-1) - exact.min(-1), 1e-6)
     if variant.compiled:
         on_cpu = np.concatenate(_teacher_forced(bundle, variant, prompts, sequences, effort.tokens))
-        if _is_quantized(variant):
+        if is_quantized(variant):
             # Every value is rounded: the same graph, computed by somebody else, is the reference.
             rounded = on_cpu
             yield _correlation(ours, on_cpu)

@@ -11,10 +11,13 @@ from typing import Any
 
 from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint, Source, open_checkpoint
+from exporter.errors import UsageError
 from exporter.formats import DELEGATES, FORMATS, HEXAGON, NEURAL_ENGINE, XNNPACK, find_delegate
+from exporter.gate import require_passed
 from exporter.gate import verify as run_gate
 from exporter.npu.hexagon_plan import Wishes
 from exporter.plan import Plan, make_plan
+from exporter.quality_gate import QualityBounds, hold
 from exporter.quantization.calibration import calibration_sequences
 from exporter.quantization.folding import Scaled
 from exporter.quantization.preparation import finder, prepared
@@ -59,6 +62,7 @@ def export(
     calibration: Path | None = None,
     prepare: tuple[str, ...] = (),
     verify: bool = True,
+    bounds: QualityBounds | None = None,
     force: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Bundle:
@@ -67,9 +71,11 @@ def export(
     What is not given (scheme, format, context in tokens) is planned for the device. `delegate`, `wishes`: what computes
     beside the CPU; `calibration`: a .txt or .jsonl file of the model's kind of text, for what is found on one;
     `prepare`: what is done to the weights before (see `exporter.plan.make_plan`). Without `verify` the bundle says of
-    itself that it is unverified. Every error is a GochuError; after one there is no bundle at `output`, or the one that
-    was there before.
+    itself that it is unverified. `bounds`: how far from the float checkpoint it may be, which the gate then holds it to.
+    Every error is a GochuError; after one there is no bundle at `output`, or the one that was there before.
     """
+    if bounds and not verify:
+        raise UsageError("the gate is what holds an export to bounds: give them without --no-verify")
     with open_checkpoint(checkpoint, revision) as source:
         plan = make_plan(
             source.architecture,
@@ -104,7 +110,7 @@ def export(
             manifest = _manifest(source, plan, text, stage, made)
             write_whole(stage.folder / MANIFEST, manifest.to_json())
             if verify:
-                gate = _pass_gate(stage, progress)
+                gate = _pass_gate(stage, source, plan, found, bounds, progress)
                 write_whole(stage.folder / MANIFEST, manifest.model_copy(update={"gate": gate}).to_json())
     return Bundle.open(output)
 
@@ -365,10 +371,26 @@ def _manifest(source: Checkpoint, plan: Plan, text: TextSide, stage: Staging, ma
     )
 
 
-def _pass_gate(stage: Staging, progress: Progress) -> Gate:
+def _pass_gate(
+    stage: Staging,
+    source: Checkpoint,
+    plan: Plan,
+    found: Found,
+    bounds: QualityBounds | None,
+    progress: Progress,
+) -> Gate:
     """Run the gate on the staged bundle; a bundle that fails is thrown away."""
     try:
-        return run_gate(Bundle.open(stage.folder), lambda check: progress(f"verify {check}", 0, 0))
+        bundle = Bundle.open(stage.folder)
+        gate = run_gate(bundle, lambda check: progress(f"verify {check}", 0, 0))
+        if not bounds:
+            return gate
+
+        def quantized() -> QuantizedWeights:
+            return QuantizedWeights(source, plan.decisions, found=found)
+
+        checks = require_passed(hold(bundle, source, bounds, quantized, progress))
+        return gate.model_copy(update={"checks": (*gate.checks, *checks)})
     except GochuError:
         discard(stage)
         raise

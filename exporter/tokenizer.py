@@ -1,15 +1,15 @@
 """What a bundle takes over from a checkpoint's tokenizer: its files, special tokens and chat template."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from exporter.checkpoint import Checkpoint, read_json
 from exporter.errors import CheckpointError
-from runtimes.bundle import Probe, Tokens, file_sha256
-from runtimes.chat import ChatTemplate
+from runtimes.bundle import Bundle, Probe, Tokens, file_sha256
+from runtimes.chat import ChatTemplate, Message
 from runtimes.errors import BundleError
 from runtimes.tokenizer import Tokenizer
 
@@ -76,6 +76,40 @@ def read_text_side(checkpoint: Checkpoint) -> TextSide:
     template = _chat_template(folder, config)
     tokens = _tokens(checkpoint, config, tokenizer, template)
     return TextSide(folder, tokens, template, tuple(find_probes(tokenizer, template, tokens)))
+
+
+def bundled_text_side(bundle: Bundle) -> TextSide:
+    """The text side that a bundle took over."""
+    manifest = bundle.manifest
+    return TextSide(bundle.path, manifest.tokens, manifest.chat_template, manifest.probes)
+
+
+class Encoder:
+    """Token ids of texts and of conversations, as a model is given them."""
+
+    def __init__(self, side: TextSide) -> None:
+        self.tokenizer = Tokenizer(side.folder / TOKENIZER)
+        self._template = (
+            None if side.chat_template is None else _compile(side.chat_template, side.tokens, self.tokenizer)
+        )
+
+    def document(self, document: str | Sequence[Message]) -> list[int]:
+        """A text as it is, or a whole conversation; its texts alone where the model has no template."""
+        if isinstance(document, str):
+            return self.tokenizer.encode(document, add_special=True)
+        if self._template is None:
+            return self.document("\n".join(turn["content"] for turn in document))
+        return self.tokenizer.encode(
+            self._template.render(document, add_generation_prompt=False), add_special=False
+        )
+
+    def prompt(self, text: str) -> list[int]:
+        """A user's message that waits for an answer; the text itself where the model has no template."""
+        if self._template is None:
+            return self.document(text)
+        return self.tokenizer.encode(
+            self._template.render([{"role": "user", "content": text}]), add_special=False
+        )
 
 
 def find_probes(tokenizer: Tokenizer, template: str | None, tokens: Tokens) -> Iterable[Probe]:

@@ -1,8 +1,9 @@
-"""Draw traces: a bar for each phase, cut into its operators."""
+"""Draw traces: a bar for each phase, cut into its operators. And what every drawing here starts from."""
 
+import contextlib
 import importlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ _KOREAN = (
     "UnDotum",
 )
 # Told apart by eyes that see few colours, too (Okabe and Ito, https://jfly.uni-koeln.de/color), and two more.
-_COLOURS = (
+COLOURS = (
     "#0072B2",
     "#E69F00",
     "#009E73",
@@ -49,20 +50,28 @@ def plot(traces: "Sequence[Trace]", path: Path) -> None:
     check(path)
     if not traces:
         raise UsageError("there is no trace to draw; trace at least one case")
+    bars = [(trace, phase) for trace in traces for phase in trace.phases]
+    with canvas(path, 11, 1.9 + 0.62 * len(bars)) as (figure, fonts):
+        axes = figure.add_subplot()
+        _draw(axes, bars)
+        _label(axes, bars, fonts)
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+
+
+@contextlib.contextmanager
+def canvas(path: Path, width: float, height: float) -> "Iterator[tuple[Any, Sequence[_Font] | None]]":
+    """A matplotlib figure of so many inches, which is written when the block ends, and the fonts that `drawable` asks
+    for."""
     matplotlib: Any = importlib.import_module("matplotlib")
     figure_module: Any = importlib.import_module("matplotlib.figure")
-    bars = [(trace, phase) for trace in traces for phase in trace.phases]
     fonts = _fonts()
     kept = None if path.suffix.lower() == ".svg" else fonts  # an .svg has letters, which its viewer draws
     settings = {"font.family": [font.family for font in fonts], "svg.fonttype": "none"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a box is drawn for it
-        figure = figure_module.Figure(figsize=(11, 1.9 + 0.62 * len(bars)), layout="constrained")
-        axes = figure.add_subplot()
-        _draw(axes, bars)
-        _label(axes, bars, kept)
-        handles, names = axes.get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        figure = figure_module.Figure(figsize=(width, height), layout="constrained")
+        yield figure, kept
         figure.savefig(path, dpi=150)
 
 
@@ -82,7 +91,7 @@ def _draw(axes: Any, bars: "Sequence[tuple[Trace, Phase]]") -> None:
 
     named = _longest(phase for _, phase in bars)
     starts = [0.0] * len(bars)
-    colours = {**dict(zip(named, _COLOURS, strict=False)), FRAMEWORK: _GREY[0], OTHERS: _GREY[1]}
+    colours = {**dict(zip(named, COLOURS, strict=False)), FRAMEWORK: _GREY[0], OTHERS: _GREY[1]}
     for name, colour in colours.items():
         widths = [max(0.0, _share(phase, name, colours)) for _, phase in bars]
         if not any(widths):
@@ -102,7 +111,7 @@ def _label(axes: Any, bars: "Sequence[tuple[Trace, Phase]]", fonts: "Sequence[_F
     for place, (trace, phase) in enumerate(bars):
         what = f"{trace.what.model} {trace.what.variant}"
         length = f"{phase.tokens} tokens" if phase.name == "prefill" else "each token"
-        names.append(_drawable(f"{what}\n{phase.name}, {length}", fonts))
+        names.append(drawable(f"{what}\n{phase.name}, {length}", fonts))
         axes.text(1.01, place, amount(phase.traced, "s"), va="center", fontsize=10, fontweight="bold")
     axes.set_yticks(range(len(bars)), names, fontsize=9)
     axes.invert_yaxis()
@@ -113,7 +122,7 @@ def _label(axes: Any, bars: "Sequence[tuple[Trace, Phase]]", fonts: "Sequence[_F
     title = "\n".join(
         ["Time by operator, as traced", *dict.fromkeys(where(trace.where) for trace, _ in bars)]
     )
-    axes.set_title(_drawable(title, fonts), loc="left", fontsize=10)
+    axes.set_title(drawable(title, fonts), loc="left", fontsize=10)
 
 
 def _longest(phases: "Iterable[Phase]") -> list[str]:
@@ -126,7 +135,7 @@ def _longest(phases: "Iterable[Phase]") -> list[str]:
             if each.name != FRAMEWORK:
                 largest[each.name] = max(largest.get(each.name, 0.0), each.share)
     ordered = sorted(largest, key=lambda name: -largest[name])
-    return [name for name in ordered if largest[name] >= 0.01][: len(_COLOURS)]
+    return [name for name in ordered if largest[name] >= 0.01][: len(COLOURS)]
 
 
 def _share(phase: "Phase", name: str, drawn: Iterable[str]) -> float:
@@ -159,7 +168,7 @@ def _fonts() -> list[_Font]:
     return [_Font(family, installed[family]) for family in families]
 
 
-def _drawable(text: str, fonts: Sequence[_Font] | None) -> str:
+def drawable(text: str, fonts: Sequence[_Font] | None) -> str:
     """The text with a box for each character that none of the fonts has; the text itself if there are none given."""
     if fonts is None:
         return text

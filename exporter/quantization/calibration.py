@@ -1,5 +1,5 @@
 """The texts on which ranges and Hessians are found, as token ids: a model's own kind of text, whole conversations, more
-than a chunk long."""
+than a chunk long. And those that judge what came of it, which are others."""
 
 import hashlib
 import json
@@ -10,14 +10,15 @@ from typing import Any
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import RecipeError
-from exporter.tokenizer import TOKENIZER, read_text_side
-from runtimes.chat import ChatTemplate, Message
-from runtimes.tokenizer import Tokenizer
+from exporter.tokenizer import Encoder, TextSide, read_text_side
+from runtimes.chat import Message
 
 TEXTS = Path(__file__).parent / "calibration.jsonl"  # Korean, English, code, numbers and chat
+HELD_OUT = TEXTS.with_name("held_out.jsonl")  # of the same kinds, and none of them there
 LONGEST = 512  # tokens of a sequence
 MOST = 16_384  # tokens in all: more than these move no range by much, and no Hessian
 _PEPPER_TURNS = (*(1,) * 48, *(2, 3) * 6, 12)  # of each of pepper's conversations, which are short
+_PEPPER_HELD_OUT = 1200  # questions: more tokens than are ever asked for
 
 
 def text_digest(texts: Path | None) -> str | None:
@@ -45,20 +46,7 @@ def calibration_sequences(
     is given what it was trained on, and other models what is shipped. Short texts are joined, so that most sequences
     are long. RecipeError if a file is not as described.
     """
-    side = read_text_side(checkpoint)
-    tokenizer = Tokenizer(side.folder / TOKENIZER)
-    template = None
-    if side.chat_template is not None:
-        bos, eos = tokenizer.token(side.tokens.bos), tokenizer.token(side.tokens.eos[0])
-        template = ChatTemplate(side.chat_template, bos_token=bos, eos_token=eos)
-
-    def encode(document: str | Conversation) -> list[int]:
-        if isinstance(document, str):
-            return tokenizer.encode(document, add_special=True)
-        if template is None:
-            return tokenizer.encode("\n".join(turn["content"] for turn in document), add_special=True)
-        return tokenizer.encode(template.render(document, add_generation_prompt=False), add_special=False)
-
+    encode = Encoder(read_text_side(checkpoint)).document
     longest = min(context, LONGEST)
     sequences: Iterator[list[int]]
     if texts is None and checkpoint.source == "pepper":
@@ -66,6 +54,20 @@ def calibration_sequences(
     else:
         sequences = _joined(map(encode, read_texts(texts or TEXTS)), longest)
     return list(_cut(sequences, most))
+
+
+def held_out_sequences(
+    side: TextSide, source: str, context: int, texts: Path | None = None, most: int = MOST
+) -> list[list[int]]:
+    """As `calibration_sequences`, of texts that judge a model, none of which it is ever calibrated on.
+
+    `texts`: a file as there; without, pepper is given questions that are held out of its training and of its
+    calibration, with their answers, and other models what is shipped for that. `source`: the checkpoint's.
+    """
+    encode, longest = Encoder(side).document, min(context, LONGEST)
+    if texts is None and source == "pepper":
+        return list(_cut((encode(turns)[:longest] for turns in _held_out_pepper()), most))
+    return list(_cut(_joined(map(encode, read_texts(texts or HELD_OUT)), longest), most))
 
 
 def read_texts(path: Path) -> Iterator[str | Conversation]:
@@ -107,6 +109,17 @@ def _pepper() -> Iterator[Conversation]:
             {"role": role, "content": content}
             for question in islice(questions, turns)
             for role, content in (("user", question.prompt), ("assistant", question.answer))
+        ]
+
+
+def _held_out_pepper() -> Iterator[Conversation]:
+    """Questions that pepper was never trained on, a conversation each, with the right answers."""
+    from exporter.pepper.questions import held_out
+
+    for question in held_out(_PEPPER_HELD_OUT):
+        yield [
+            {"role": "user", "content": question.prompt},
+            {"role": "assistant", "content": question.answer},
         ]
 
 

@@ -149,3 +149,35 @@ class FloatWeights:
     def vector(self, name: str) -> NDArray[np.float32]:
         """A norm's weight or a bias."""
         return self._weights.vector(name)
+
+
+class OneLayer:
+    """Other weights, of which those of one layer are remembered."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._layer = ""
+        self._matrices: dict[str, QuantizedTensor] = {}
+        self._vectors: dict[str, NDArray[np.float32]] = {}
+
+    def scheme(self, name: str) -> Scheme:
+        return self._weights.scheme(name)
+
+    def matrix(self, name: str) -> QuantizedTensor:
+        self._enter(name)
+        if name not in self._matrices:
+            self._matrices[name] = self._weights.matrix(name)
+        return self._matrices[name]
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        self._enter(name)
+        if name not in self._vectors:
+            self._vectors[name] = self._weights.vector(name)
+        return self._vectors[name]
+
+    def _enter(self, name: str) -> None:
+        layer = name.split(".")[1] if "." in name else "head"
+        if layer != self._layer:
+            self._layer = layer
+            self._matrices.clear()
+            self._vectors.clear()

@@ -407,11 +407,11 @@ def test_an_svg_has_the_letters_themselves(invented: Trace, tmp_path: Path) -> N
 
 def test_a_letter_that_no_font_has_is_a_box(invented: Trace) -> None:
     pytest.importorskip("matplotlib", reason="draws")
-    from runtimes.plot import _drawable, _fonts
+    from runtimes.plot import _fonts, drawable
 
     latin = [font for font in _fonts() if font.family == "DejaVu Sans"]
-    assert _drawable("작은 pepper\nµ", latin) == "□□ pepper\nµ"
-    assert _drawable("작은", None) == "작은"
+    assert drawable("작은 pepper\nµ", latin) == "□□ pepper\nµ"
+    assert drawable("작은", None) == "작은"
 
 
 def test_plots_that_cannot_be(invented: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
