@@ -4,9 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,9 +13,7 @@ from exporter.architecture import Architecture
 from exporter.errors import RecipeError
 from exporter.npu.hexagon_ops import EMBEDDING, MASK, HexagonOps, steps
 from exporter.quantization.ranges import MinMax, Observers, Percentile, Range, Ranges, Rule
-from exporter.quantization.scheme import Scheme
-from exporter.quantization.tensor import QuantizedTensor
-from exporter.quantization.weights import Weights
+from exporter.quantization.weights import OneLayer, Weights
 from exporter.torch_ops import embedded, pieces, product
 
 RULES = (
@@ -178,35 +174,3 @@ def _with_mask(arch: Architecture, ranges: dict[str, Range]) -> dict[str, Range]
     mask = Range(-max(HIDDEN, widest + _BEHIND), 0.0)
     masked = {steps(i).masked: Range(low + mask.low, max(high, 0.0)) for i, (low, high) in scores.items()}
     return {**ranges, MASK: mask, **masked}
-
-
-class OneLayer:
-    """Other weights, of which those of one layer are remembered."""
-
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weights
-        self._layer = ""
-        self._matrices: dict[str, QuantizedTensor] = {}
-        self._vectors: dict[str, NDArray[np.float32]] = {}
-
-    def scheme(self, name: str) -> Scheme:
-        return self._weights.scheme(name)
-
-    def matrix(self, name: str) -> QuantizedTensor:
-        self._enter(name)
-        if name not in self._matrices:
-            self._matrices[name] = self._weights.matrix(name)
-        return self._matrices[name]
-
-    def vector(self, name: str) -> NDArray[np.float32]:
-        self._enter(name)
-        if name not in self._vectors:
-            self._vectors[name] = self._weights.vector(name)
-        return self._vectors[name]
-
-    def _enter(self, name: str) -> None:
-        layer = name.split(".")[1] if "." in name else "head"
-        if layer != self._layer:
-            self._layer = layer
-            self._matrices.clear()
-            self._vectors.clear()

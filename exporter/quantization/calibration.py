@@ -3,7 +3,7 @@ than a chunk long."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from runtimes.tokenizer import Tokenizer
 
 TEXTS = Path(__file__).parent / "calibration.jsonl"  # Korean, English, code, numbers and chat
 LONGEST = 512  # tokens of a sequence
+FEWEST = 128  # tokens of a text that says anything
 MOST = 16_384  # tokens in all: more than these move no range by much, and no Hessian
 _PEPPER_TURNS = (*(1,) * 48, *(2, 3) * 6, 12)  # of each of pepper's conversations, which are short
 
@@ -66,6 +67,15 @@ def calibration_sequences(
     else:
         sequences = _joined(map(encode, read_texts(texts or TEXTS)), longest)
     return list(_cut(sequences, most))
+
+
+def require_tokens(lengths: Iterable[int]) -> None:
+    """RecipeError if sequences of these lengths are too few tokens to calibrate on."""
+    if (tokens := sum(lengths)) < FEWEST:
+        raise RecipeError(
+            f"the calibration text has {tokens} tokens, and {FEWEST} are the fewest that say anything: give a longer "
+            "one"
+        )
 
 
 def read_texts(path: Path) -> Iterator[str | Conversation]:

@@ -24,8 +24,8 @@ from torch import Tensor
 from exporter import decoder
 from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint
-from exporter.errors import RecipeError
 from exporter.quantization.algorithms import find_algorithm
+from exporter.quantization.calibration import require_tokens
 from exporter.quantization.recipe import Decision, calibrated
 from exporter.quantization.rtn import Quantized
 from exporter.quantization.scheme import Scheme
@@ -35,7 +35,6 @@ from exporter.safetensors import to_float32
 from exporter.staging import Staging
 from exporter.torch_ops import TorchOps, embedded
 
-FEWEST = 128  # tokens of a calibration text
 _TOKENS = 1024  # that go through a layer together, where their sequences are of one length
 _COLUMNS = 1024  # of a Hessian that are summed up together: what lies below its diagonal is copied
 _LAYER, _STATES, _FOUND = "layer {}", "states.{}.f32", "layer.{}.npz"
@@ -77,11 +76,7 @@ def quantize_layers(
     arch = source.architecture
     sequences = [sequence[:context] for sequence in sequences if sequence]
     lengths = list(map(len, sequences))
-    if sum(lengths) < FEWEST:
-        raise RecipeError(
-            f"the calibration text has {sum(lengths)} tokens, and {FEWEST} are the fewest that say anything: give a "
-            "longer one"
-        )
+    require_tokens(lengths)
     layers = 1 + max(int(name.split(".")[1]) for name in calibrated(decisions))  # those behind need no inputs
     total = (2 * layers - 1) * sum(lengths)
     figures: dict[str, Any] = {}
