@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exporter import cli_quality, cli_report, cli_target
+from exporter import cli_quality, cli_quantize, cli_report, cli_target
 from exporter.errors import GochuError
 
 if TYPE_CHECKING:
@@ -729,6 +729,7 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
+cli_quantize.register(app)
 cli_report.register(app)
 cli_quality.register(app)
 

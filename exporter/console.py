@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from exporter.pepper.score import Score
     from exporter.pipeline import Progress as Report
     from exporter.plan import Plan
+    from exporter.quantization.mixed import Mixed
     from profiles import Device
     from runtimes.bundle import Bundle, Choice, Gate, Variant
     from runtimes.targets import About
@@ -123,6 +124,14 @@ def show_bundle(bundle: "Bundle", tensors: bool) -> None:
 
 def _anywhere(variant: "Variant") -> str:
     return "any CPU" if variant.delegate in ("", "xnnpack") else f"whatever has {variant.delegate}"
+
+
+def show_mixed(mixed: "Mixed") -> None:
+    """What each weight of a recipe of mixed precision becomes and why, the most sensitive first."""
+    table = _table("Weights, by nats of KL divergence a bit", "tensor", "class", "scheme", "nats", "why")
+    for row in mixed.rows():
+        table.add_row(row["tensor"], row["class"], row["scheme"], f"{row['nats']:.2e}", row["reason"])
+    console.print(table)
 
 
 def show_devices(devices: Iterable["Device"]) -> None:

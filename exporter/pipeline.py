@@ -71,7 +71,7 @@ def export(
     What is not given (scheme, format, context in tokens) is planned for the device. `delegate`, `wishes`: what computes
     beside the CPU; `calibration`: a .txt or .jsonl file of the model's kind of text, for what is found on one;
     `prepare`: what is done to the weights before (see `exporter.plan.make_plan`). Without `verify` the bundle says of
-    itself that it is unverified. `bounds`: how far from the float checkpoint it may be, which the gate then holds it to.
+    itself that it is unverified; `bounds`: how far from the float checkpoint it may be, to which the gate holds it.
     Every error is a GochuError; after one there is no bundle at `output`, or the one that was there before.
     """
     if bounds and not verify:

@@ -31,10 +31,13 @@ class Staging:
         self._fingerprint = fingerprint
         self._steps: dict[str, dict[str, Any]] = self._load()
 
-    def workspace(self) -> "Staging":
-        """A folder within for steps whose files are no part of the output; it goes when the output stands."""
-        folder = self.folder / _WORK
-        folder.mkdir(exist_ok=True)
+    def workspace(self, name: str = "") -> "Staging":
+        """A folder within for steps whose files are no part of the output; it goes when the output stands.
+
+        `name` tells several apart.
+        """
+        folder = self.folder / _WORK / name
+        folder.mkdir(parents=True, exist_ok=True)
         return Staging(folder, self._fingerprint)
 
     def clear(self) -> None:
@@ -112,6 +115,31 @@ def staging(output: Path, fingerprint: Any, force: bool = False) -> Iterator[Sta
     """
     output = Path(os.path.abspath(output))
     _refuse_existing(output, force)
+    with _locked(output, fingerprint) as stage:
+        yield stage
+        shutil.rmtree(stage.folder / _WORK, ignore_errors=True)
+        for name in (_PROGRESS, _LOCK):
+            (stage.folder / name).unlink()
+        _replace(stage.folder, output)
+
+
+@contextlib.contextmanager
+def working_for(output: Path, fingerprint: Any, force: bool = False) -> Iterator[Staging]:
+    """A folder for the work on a file that the block writes; it goes when the block ends well.
+
+    Raises as `staging`, and after an error a rerun goes on.
+    """
+    output = Path(os.path.abspath(output))
+    if output.is_dir() or (output.exists() and not force):
+        raise OutputExists(f"{output} exists already: choose another file, or replace it with --force")
+    with _locked(output, fingerprint) as stage:
+        yield stage
+        shutil.rmtree(stage.folder)
+
+
+@contextlib.contextmanager
+def _locked(output: Path, fingerprint: Any) -> Iterator[Staging]:
+    """The hidden folder beside `output`, for this process alone."""
     folder = output.parent / f".{output.name}.partial"
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True, default=str).encode()).hexdigest()
     try:
@@ -123,12 +151,7 @@ def staging(output: Path, fingerprint: Any, force: bool = False) -> Iterator[Sta
                 raise OutputError(
                     f"another export is writing {output}: wait for it or choose another folder"
                 ) from None
-            stage = Staging(folder, digest)
-            yield stage
-            shutil.rmtree(folder / _WORK, ignore_errors=True)
-            for name in (_PROGRESS, _LOCK):
-                (folder / name).unlink()
-            _replace(folder, output)
+            yield Staging(folder, digest)
     except OSError as error:
         raise OutputError(
             f"{output} could not be written ({error.strerror or error}): free space or choose another folder; "

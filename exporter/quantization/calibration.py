@@ -3,7 +3,7 @@ than a chunk long. And those that judge what came of it, which are others."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from runtimes.chat import Message
 TEXTS = Path(__file__).parent / "calibration.jsonl"  # Korean, English, code, numbers and chat
 HELD_OUT = TEXTS.with_name("held_out.jsonl")  # of the same kinds, and none of them there
 LONGEST = 512  # tokens of a sequence
+FEWEST = 128  # tokens of a text that says anything
 MOST = 16_384  # tokens in all: more than these move no range by much, and no Hessian
 _PEPPER_TURNS = (*(1,) * 48, *(2, 3) * 6, 12)  # of each of pepper's conversations, which are short
 _PEPPER_HELD_OUT = 1200  # questions: more tokens than are ever asked for
@@ -68,6 +69,15 @@ def held_out_sequences(
     if texts is None and source == "pepper":
         return list(_cut((encode(turns)[:longest] for turns in _held_out_pepper()), most))
     return list(_cut(_joined(map(encode, read_texts(texts or HELD_OUT)), longest), most))
+
+
+def require_tokens(lengths: Iterable[int]) -> None:
+    """RecipeError if sequences of these lengths are too few tokens to calibrate on."""
+    if (tokens := sum(lengths)) < FEWEST:
+        raise RecipeError(
+            f"the calibration text has {tokens} tokens, and {FEWEST} are the fewest that say anything: give a longer "
+            "one"
+        )
 
 
 def read_texts(path: Path) -> Iterator[str | Conversation]:

@@ -32,8 +32,8 @@ from torch import Tensor
 from exporter import decoder
 from exporter.architecture import Architecture
 from exporter.checkpoint import Matrix, Source
-from exporter.errors import RecipeError
 from exporter.quantization.algorithms import find_algorithm
+from exporter.quantization.calibration import require_tokens
 from exporter.quantization.folding import Linears, Scaled, before
 from exporter.quantization.preparation import Preparation
 from exporter.quantization.recipe import Decision, calibrated
@@ -45,7 +45,6 @@ from exporter.safetensors import to_float32
 from exporter.staging import Staging
 from exporter.torch_ops import TorchOps, embedded
 
-FEWEST = 128  # tokens of a calibration text
 _TOKENS = 1024  # that go through a layer together, where their sequences are of one length
 _COLUMNS = 1024  # of a Hessian that are summed up together: what lies below its diagonal is copied
 LOOKED_UP = (
@@ -101,11 +100,7 @@ def quantize_layers(
     arch = source.architecture
     sequences = [sequence[:context] for sequence in sequences if sequence]
     lengths = list(map(len, sequences))
-    if sum(lengths) < FEWEST:
-        raise RecipeError(
-            f"the calibration text has {sum(lengths)} tokens, and {FEWEST} are the fewest that say anything: give a "
-            "longer one"
-        )
+    require_tokens(lengths)
     needed = calibrated(decisions)
     head = next((name for name in needed if not name.startswith("layers.")), "")
     layers = arch.layers  # or fewer: those behind the last that needs its inputs are not run

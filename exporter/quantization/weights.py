@@ -151,29 +151,45 @@ class FloatWeights:
         return self._weights.vector(name)
 
 
-class OneLayer:
-    """Other weights, of which those of one layer are remembered."""
+class Remembered:
+    """Other weights, each asked for once."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._layer = ""
         self._matrices: dict[str, QuantizedTensor] = {}
         self._vectors: dict[str, NDArray[np.float32]] = {}
 
     def scheme(self, name: str) -> Scheme:
+        """As theirs."""
         return self._weights.scheme(name)
 
     def matrix(self, name: str) -> QuantizedTensor:
-        self._enter(name)
+        """A weight matrix."""
         if name not in self._matrices:
             self._matrices[name] = self._weights.matrix(name)
         return self._matrices[name]
 
     def vector(self, name: str) -> NDArray[np.float32]:
-        self._enter(name)
+        """A norm's weight or a bias."""
         if name not in self._vectors:
             self._vectors[name] = self._weights.vector(name)
         return self._vectors[name]
+
+
+class OneLayer(Remembered):
+    """Other weights, of which those of one layer are remembered."""
+
+    _layer = ""
+
+    def matrix(self, name: str) -> QuantizedTensor:
+        """A weight matrix."""
+        self._enter(name)
+        return super().matrix(name)
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A norm's weight or a bias."""
+        self._enter(name)
+        return super().vector(name)
 
     def _enter(self, name: str) -> None:
         layer = name.split(".")[1] if "." in name else "head"

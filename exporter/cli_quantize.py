@@ -1,0 +1,103 @@
+"""Commands over recipes: `gochu quantize`, which makes one, and `gochu recipes`, which shows those that are shipped."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from exporter.quantization.mixed import Mixed
+
+_QUANTIZE = """Write a recipe of mixed precision: few bits, and more for the weights that lose the model most.
+
+It measures what each weight costs alone, in nats of KL divergence from the float model on a calibration text, and
+raises the worst for each bit that it takes until the average is reached. Scales are not counted.
+
+Examples:
+
+  gochu quantize pepper --target-bits 4.5 -o recipe.toml
+
+  gochu quantize ./Qwen2.5-0.5B-Instruct --target-bits 4.5 --algorithm gptq --calibration 대화.jsonl
+
+  gochu quantize pepper --target-bits 5 --scheme int4-g128 --raise-to int8 --measure kl --json
+
+  gochu export pepper --recipe recipe.toml -o out/
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command(help=_QUANTIZE)(quantize)
+
+
+def quantize(
+    target_bits: Annotated[
+        float, typer.Option("--target-bits", metavar="BITS", help="Bits a weight on average, such as 4.5.")
+    ],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a Hugging Face repository id (org/model), or pepper, the embedded model."
+        ),
+    ] = "pepper",
+    scheme: Annotated[str, typer.Option(help="What most weights become.")] = "int4",
+    raise_to: Annotated[str, typer.Option("--raise-to", help="What the most sensitive become.")] = "int8",
+    measure: Annotated[
+        str,
+        typer.Option(
+            help="hessian (one run forward and backward, a layer in memory) or kl (a run for each weight)."
+        ),
+    ] = "hessian",
+    algorithm: Annotated[
+        str, typer.Option(help="How integers are found, as for gochu export: rtn, gptq, ...")
+    ] = "rtn",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration", help="A .txt or .jsonl file of the model's kind of text.", dir_okay=False
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe's file.", dir_okay=False)] = Path(
+        "recipe.toml"
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON value on standard output, and no tables.")
+    ] = False,
+) -> None:
+    from exporter import console
+    from exporter.checkpoint import open_checkpoint
+    from exporter.quantization.mixed import quantize
+    from runtimes import extras
+
+    extras.check("torch", "onnx")
+    with open_checkpoint(checkpoint, revision) as source, console.progress() as progress:
+        mixed = quantize(
+            source,
+            output,
+            target_bits=target_bits,
+            scheme=scheme,
+            raise_to=raise_to,
+            measure=measure,
+            algorithm=algorithm,
+            calibration=calibration,
+            force=force,
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps({"output": str(output), **mixed.to_dict()}, ensure_ascii=False, indent=2))
+        return
+    _show(mixed, output)
+
+
+def _show(mixed: "Mixed", output: Path) -> None:
+    from exporter import console
+
+    console.show_mixed(mixed)
+    console.console.print(
+        f"wrote {output}: {mixed.bits:.4g} bits a weight, {len(mixed.raised)} of {len(mixed.weights)} raised; "
+        f"try: gochu export --recipe {output}",
+        markup=False,
+    )
