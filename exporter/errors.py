@@ -39,7 +39,14 @@ class RecipeError(GochuError):
 
 
 class PlanRefused(GochuError):
-    """The model cannot fit or run on the device as asked; the message names what would."""
+    """The model cannot fit or run on the device as asked; the message names what would.
+
+    `rule`: the id of the rule that forbids it, in exporter/rules.toml, which the message ends with; "" if none does.
+    """
+
+    def __init__(self, message: str, rule: str = "") -> None:
+        super().__init__(f"{message} [{rule}]" if rule else message)
+        self.rule = rule
 
 
 class OutputError(GochuError):

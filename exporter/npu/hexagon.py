@@ -66,16 +66,19 @@ def npu(chip: Chip, scheme: Scheme | None = None) -> qnn.Chip:
     found = chip.npu
     if found is None or found.kind != "hexagon":
         raise PlanRefused(
-            f"{chip.name} has no Hexagon NPU: take a phone with a Snapdragon chip, or another delegate"
+            f"{chip.name} has no Hexagon NPU: take a phone with a Snapdragon chip, or another delegate",
+            "hexagon-npu",
         )
     if found.soc_model is None:
         raise PlanRefused(
-            f"{chip.name}: its number in Qualcomm's SDK is not known, so nothing can be compiled for it"
+            f"{chip.name}: its number in Qualcomm's SDK is not known, so nothing can be compiled for it",
+            "hexagon-known",
         )
     if scheme is not None and not takes(found.arch, "routes", route(scheme)):
         raise PlanRefused(
             f"{scheme.name} cannot run on the NPU of {chip.name} ({found.arch}): {reason('routes', route(scheme))}; "
-            "use w8a16 or w4a16"
+            "use w8a16 or w4a16",
+            "hexagon-fp16",
         )
     return qnn.Chip(found.soc_model, found.arch)
 
@@ -125,7 +128,8 @@ def split(arch: Architecture, schemes: Mapping[str, Scheme], forbidden: bool = F
         if whole > most:
             raise PlanRefused(
                 f"one graph would be {whole / 1e9:.1f} GB, and the NPU takes {most / 1e9:.1f}: allow it to be split, "
-                "or quantize to fewer bits"
+                "or quantize to fewer bits",
+                "hexagon-graph-bytes",
             )
         return (range(arch.layers),)
     figures = table()["compile"][common_route(schemes.values())]
@@ -138,7 +142,8 @@ def split(arch: Architecture, schemes: Mapping[str, Scheme], forbidden: bool = F
             return parts
     raise PlanRefused(
         f"a layer alone, or the last with the head, is larger than the {most / 1e9:.1f} GB that the NPU takes: "
-        "quantize to fewer bits"
+        "quantize to fewer bits",
+        "hexagon-graph-bytes",
     )
 
 
