@@ -196,7 +196,7 @@ def _chosen(
     found = _best(arch, device, possible, asked.context)
     if found is None:
         assert device, "without a device everything fits"
-        raise PlanRefused(_refusal(arch, device, possible, asked.context), "ram-budget")
+        raise _refusal(arch, device, possible, asked.context)
     way, best = found
     if HEXAGON not in way.delegates:
         if asked.wishes != Wishes():
@@ -262,7 +262,7 @@ def _candidate(
     return _Candidate(recipe, planned, decisions, context, prediction)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def _resolved(
     arch: Architecture, recipe: Recipe, form: str, delegates: tuple[str, ...]
 ) -> tuple[Mapping[str, Decision], Decoder]:
@@ -271,7 +271,7 @@ def _resolved(
     return MappingProxyType(decisions), _decoder(arch, decisions)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=16384)
 def _predicted(
     arch: Architecture,
     recipe: Recipe,
@@ -328,7 +328,7 @@ def _decoder(arch: Architecture, decisions: Mapping[str, Decision]) -> Decoder:
 # refusing
 
 
-def _refusal(arch: Architecture, device: Device, possible: Sequence[Way], context: int | None) -> str:
+def _refusal(arch: Architecture, device: Device, possible: Sequence[Way], context: int | None) -> PlanRefused:
     """Why nothing fits, and what would: less context, another scheme, another way, or else a smaller model."""
     budget = memory_budget(device) or 0
     powers = [1 << power for power in range(CONTEXTS[-1].bit_length() - 1, arch.context.bit_length())]
@@ -347,25 +347,35 @@ def _refusal(arch: Architecture, device: Device, possible: Sequence[Way], contex
         offers += [step for step in others if step.context >= wanted][:1]
         if offers := offers or others[:1]:
             listed = " or ".join(f"{step.recipe.name} with up to {step.context} tokens" for step in offers)
-            return f"{_found(arch, device, way, recipe, context)}: {listed} fits"
+            needed = _needed(arch, way, recipe, context)
+            return _too_large(arch, device, needed, f"{listed} fits")
     way = possible[-1]
     least = _candidate(arch, way, Recipe.uniform(way.form.schemes[-1]), every[-1])
     size = int(arch.parameters * budget / least.prediction.memory.value)
-    return (
-        f"{_found(arch, device, way, next(iter(way.recipes)), context)}: no scheme makes it fit ({least.recipe.name} "
-        f"with {least.context} tokens needs {_gb(least.prediction.memory.value)}), take a model of up to about "
-        f"{_count(size)} parameters"
+    needed = _needed(arch, way, next(iter(way.recipes)), context)
+    return _too_large(
+        arch,
+        device,
+        needed,
+        f"no scheme makes it fit ({least.recipe.name} with {least.context} tokens needs "
+        f"{_gb(least.prediction.memory.value)}), take a model of up to about {_count(size)} parameters",
     )
 
 
-def _found(arch: Architecture, device: Device, way: Way, recipe: Recipe, context: int | None) -> str:
-    """What does not fit, and where."""
-    needed = _candidate(arch, way, recipe, context or _contexts(arch, way.form.block)[-1])
-    return (
-        f"the model ({_count(arch.parameters)} parameters) at {recipe.name} with a context of {needed.context} tokens "
-        f"needs {_gb(needed.prediction.memory.value)}, but on {device.name} it may use "
-        f"{_gb(memory_budget(device) or 0)} ({_without_sources(device.app_memory_reason)}; {_gb(APP_BYTES)} stay for "
-        "the app)"
+def _needed(arch: Architecture, way: Way, recipe: Recipe, context: int | None) -> _Candidate:
+    """What does not fit: with the context that was asked for, or the shortest."""
+    return _candidate(arch, way, recipe, context or _contexts(arch, way.form.block)[-1])
+
+
+def _too_large(arch: Architecture, device: Device, needed: _Candidate, remedy: str) -> PlanRefused:
+    """What does not fit, where, and what would."""
+    memory = needed.prediction.memory.value
+    return PlanRefused(
+        f"the model ({_count(arch.parameters)} parameters) at {needed.recipe.name} with a context of {needed.context} "
+        f"tokens needs {_gb(memory)}, but on {device.name} it may use {_gb(memory_budget(device) or 0)} "
+        f"({_without_sources(device.app_memory_reason)}; {_gb(APP_BYTES)} stay for the app): {remedy}",
+        "ram-budget",
+        memory,
     )
 
 
@@ -498,7 +508,9 @@ def _backend(
         first = next((one for one in others if one.value in own), None)
         by_rule = first is not None and first.rule != "in-order"
         ids.append(first.rule if first and by_rule else "asked")
-        reasons.append(f"the NPU ({npu.name}) stands idle: {first.reason if first and by_rule else 'as asked for'}")
+        reasons.append(
+            f"the NPU ({npu.name}) stands idle: {first.reason if first and by_rule else 'as asked for'}"
+        )
     elif way.form.name == "coreml":
         other = APPLE_GPU if way.route.delegate == NEURAL_ENGINE else NEURAL_ENGINE
         reasons.append(f"--delegate {other} is the other layout")
