@@ -7,6 +7,7 @@ Everything that tells one family from another is read here, once; the decoder an
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
@@ -121,7 +122,7 @@ class Architecture:
         """Whether the linear by that canonical name adds a bias."""
         return weight.partition(".")[2].partition(".")[2] in self.biases
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Number of weights; a tied head counts once."""
         return sum(rows * columns for _, (rows, columns) in self.matrices()) + sum(

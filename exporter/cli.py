@@ -60,13 +60,13 @@ RecipeOption = Annotated[
 ]
 ContextOption = Annotated[int | None, typer.Option(help="Tokens that the graph can hold (default: planned).")]
 FormatOption = Annotated[
-    str | None, typer.Option("--format", help="onnx or executorch (default: planned, onnx where it can be).")
+    str | None, typer.Option("--format", help="onnx, executorch, coreml or coreai (default: planned).")
 ]
 DelegateOption = Annotated[
     str | None,
     typer.Option(
         help="What computes beside the CPU: hexagon (ONNX); ane, gpu (Core ML); vulkan, coreml, qualcomm, mediatek "
-        "(ExecuTorch)."
+        "(ExecuTorch); or cpu, nothing (default: planned for the device)."
     ),
 ]
 ChipsOption = Annotated[
@@ -116,6 +116,7 @@ def _help(text: str, *examples: str) -> str:
         "gochu export pepper --format executorch --delegate vulkan --device 'Galaxy S24' -o out/",
         "gochu export pepper --delegate hexagon --chips sm8550,sm8650 --scheme int4 -o out/",
         "gochu export pepper --delegate hexagon --device 'Galaxy S23' --recipe hexagon-w4a16 -o out/",
+        "gochu export ./Llama-3.2-1B-Instruct --device 'Galaxy S24 Ultra' --delegate cpu -o out/",
     )
 )
 def export(
@@ -196,7 +197,7 @@ def export(
 @app.command(
     help=_help(
         "Show what an export would do and why, and what it would need, before anything is computed.",
-        'gochu plan pepper --device "갤럭시 S24 울트라"',
+        'gochu plan "Llama 3.2 1B" --device "갤럭시 S24 울트라"',
         "gochu plan ./Llama-3.2-1B-Instruct --device 'Pixel 8' --scheme int8 --json",
         "gochu plan pepper --format executorch --device 'Galaxy Z Flip7'",
     )
@@ -218,29 +219,29 @@ def plan(
     revision: RevisionOption = None,
     as_json: Json = False,
 ) -> None:
-    from exporter.checkpoint import open_checkpoint
+    from exporter.known import describe_model
     from exporter.plan import make_plan
 
-    with open_checkpoint(checkpoint, revision) as source:
-        made = make_plan(
-            source.architecture,
-            device=device,
-            scheme=scheme,
-            algorithm=algorithm,
-            recipe=_recipe(recipe),
-            context=context,
-            format=format,
-            delegate=delegate,
-            wishes=_wishes(chips, split, allow_cpu_ops),
-            calibration=calibration,
-            prepare=_names(prepare),
-        )
+    name, arch = describe_model(checkpoint, revision)
+    made = make_plan(
+        arch,
+        device=device,
+        scheme=scheme,
+        algorithm=algorithm,
+        recipe=_recipe(recipe),
+        context=context,
+        format=format,
+        delegate=delegate,
+        wishes=_wishes(chips, split, allow_cpu_ops),
+        calibration=calibration,
+        prepare=_names(prepare),
+    )
     if as_json:
-        _print_json({"checkpoint": source.name, **made.to_dict()})
+        _print_json({"checkpoint": name, **made.to_dict()})
         return
     from exporter import console
 
-    console.show_plan(source.name, made)
+    console.show_plan(name, made)
 
 
 @app.command(

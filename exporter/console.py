@@ -63,7 +63,8 @@ def show_choices(title: str, choices: Iterable["Choice"]) -> None:
     """Decisions, each with its reason."""
     table = _table(title, "topic", "choice", "why")
     for choice in choices:
-        table.add_row(choice.topic, choice.value, choice.reason)
+        rules = f" [dim]\\[{', '.join(choice.rules)}][/dim]" if choice.rules else ""
+        table.add_row(choice.topic, choice.value, escape(choice.reason) + rules)
     console.print(table)
 
 
@@ -71,6 +72,11 @@ def show_plan(name: str, plan: "Plan") -> None:
     """A plan: decisions, predictions, warnings."""
     target = plan.device.name if plan.device else "this computer"
     show_choices(f"Plan: {name} for {target}", plan.choices)
+    table = _table("Not chosen", "topic", "instead", "why not")
+    for choice in plan.choices:
+        for other in choice.alternatives:
+            table.add_row(choice.topic, other.value, f"{escape(other.reason)} [dim]\\[{other.rule}][/dim]")
+    console.print(table)
     table = _table("Prediction", "predicted", "", "how")
     for figure in plan.prediction.rows():
         table.add_row(figure.name, figure.text, figure.explain)

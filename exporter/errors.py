@@ -39,7 +39,15 @@ class RecipeError(GochuError):
 
 
 class PlanRefused(GochuError):
-    """The model cannot fit or run on the device as asked; the message names what would."""
+    """The model cannot fit or run on the device as asked; the message names what would.
+
+    `rule`: the id of the rule that forbids it, in exporter/rules.toml, which the message ends with; "" if none does.
+    `needed`: bytes of memory that it would take, where that is what forbids it.
+    """
+
+    def __init__(self, message: str, rule: str = "", needed: float | None = None) -> None:
+        super().__init__(f"{message} [{rule}]" if rule else message)
+        self.rule, self.needed = rule, needed
 
 
 class OutputError(GochuError):

@@ -1,80 +1,50 @@
 """What an export will be, each decision with its reason, before anything is computed.
 
-The rules are plain: the tables below, the profile's figures, and what `runtimes.predict` says a decoder needs.
-No rule knows a device by its name.
+`choose` is a function of data alone: the table of rules (`rules.toml`), the profile's figures, what was asked for, and
+what `runtimes.predict` says a decoder needs. No rule knows a device by its name.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import profiles
 from exporter.architecture import Architecture
-from exporter.errors import PlanRefused, RecipeError, UsageError
-from exporter.formats import (
-    APPLE_GPU,
-    DELEGATES,
-    FORMATS,
-    HEXAGON,
-    NEURAL_ENGINE,
-    XNNPACK,
-    Delegate,
-    Format,
-    find_delegate,
-    find_format,
-)
+from exporter.backend import NOTHING, Asked, Refused, Way, fit, ways
+from exporter.errors import GochuError, PlanRefused, UsageError
+from exporter.formats import APPLE_GPU, FORMATS, HEXAGON, NEURAL_ENGINE, XNNPACK, find_delegate
 from exporter.npu import ane, hexagon
 from exporter.npu.hexagon_plan import Compilation, Wishes, compilation
 from exporter.quantization.algorithms import DEFAULT, find_algorithm
 from exporter.quantization.calibration import text_digest, text_name
 from exporter.quantization.preparation import PREPARATIONS, finder, prepared_architecture, refuse_idle
-from exporter.quantization.recipe import Decision, Fit, Recipe, calibrated
-from exporter.quantization.scheme import Scheme, parse_scheme
+from exporter.quantization.recipe import Decision, Recipe, calibrated
+from exporter.quantization.scheme import parse_scheme
+from exporter.routes import (
+    EVERY_COMPILER,
+    Facts,
+    Planned,
+    against,
+    choice,
+    compilers,
+    describe,
+    entry,
+    routes,
+)
 from profiles import Chip, Device
-from runtimes.bundle import Choice
+from runtimes.bundle import Alternative, Choice
 from runtimes.predict import Decoder, Prediction, Weight, predict
 
-HEAD_MULTIPLE = 16  # onnxruntime 1.32, contrib_ops/cpu/bert/group_query_attention_helper.h
 CONTEXTS = (4096, 2048, 1024, 512, 256)  # tokens; what is planned unless asked for
 ROOMY = 1024  # tokens; a scheme that leaves room for fewer gives way to the next
 TIGHT = 0.8  # of the memory budget; more is planned only if a context of up to ROOMY tokens needs it
 SHORTEST = 16  # tokens; less holds no chat template
-SMALL_MODEL = 100_000_000  # parameters
 APP_BYTES = 300_000_000  # what the app itself needs: its screen, its code, the tokenizer
 
-# Planned when no scheme is asked for: the first that leaves room for a context of ROOMY tokens.
-_SCHEMES = {
-    "small": {
-        "int8": "the model is small: its weights cost little memory, and small models lose most at 4 bits",
-    },
-    "large": {
-        "int4": "groups of 32 share a scale: under a third of float16's bytes, all of which each token reads",
-        "int4-g128": "groups of 128 share a scale: int4, which has four times as many, leaves too little memory",
-        "pal4-g8": "8 outputs share a lookup table of 16 values: a quarter of float16's bytes, which the Neural Engine "
-        "unfolds as it multiplies",
-    },
-}
-_FORMATS = {
-    "onnx": "one file for Android, iOS, Linux, macOS and Windows; ONNX Runtime maps its weights from the file and "
-    "multiplies by the integers as they are stored",
-    "executorch": "one program for Android, iOS and Linux that ExecuTorch's own LLM runner opens; XNNPACK packs the "
-    "integers anew when it loads them",
-    "coreml": "a package for iOS 18 and macOS 15 that Xcode and Core ML open, for the Neural Engine or the GPU",
-    "coreai": "an asset for iOS 27 and macOS 27 with the entry points that Apple's own runner of LLMs calls",
-}
-_CPU = {"onnx": "CPU (ONNX Runtime)", "executorch": "CPU (ExecuTorch, XNNPACK)"}
-# Why the NPU stands idle, by its kind.
-_BACKENDS = {
-    "hexagon": "the {npu} NPU stands idle: this is made for the CPU; --delegate hexagon compiles for the NPU too",
-    "ane": "this runs on the CPU; the {npu} is reached through Core ML, the better route on Apple's chips: --format "
-    "coreml, or --delegate coreml within ExecuTorch",
-    "exynos": "the {npu} stands idle: this is made for the CPU, and not for Samsung's compiler",
-    "apu": "the {npu} stands idle: this is made for the CPU; --delegate mediatek reaches it, where MediaTek's SDK is "
-    "installed",
-    "tpu": "the {npu} stands idle: this is made for the CPU, and no format for Google's compiler is exported",
-}
 _ROUNDED = {
     "onnx": "a scale for each token and group",
     "executorch": "a scale and a zero point for each token",
@@ -114,7 +84,7 @@ class Plan:
     @property
     def calibrates(self) -> bool:
         """Whether weights, or scales folded into them, are found on a calibration text."""
-        return bool(calibrated(self.decisions)) or finder(self.recipe.prepare) is not None
+        return _calibrates(self.recipe, self.decisions)
 
     def fingerprint(self) -> dict[str, Any]:
         """All that determines the exported files, as JSON: equal plans of one model write equal files.
@@ -180,216 +150,156 @@ def make_plan(
             nothing needs.
         UnknownDevice, AmbiguousDevice: see `profiles.find`.
     """
-    target = profiles.find(device) if device is not None else None
-    asked_rules = recipe.rules if recipe else Recipe.uniform(scheme).rules if scheme else ()
-    schemes = [parse_scheme(rule.scheme) for rule in asked_rules]
-    form, why_format = _format(arch, target, schemes, format, delegate)
-    chosen_delegate = _delegate(form, delegate, target, schemes)
-    if recipe and (scheme or algorithm != "rtn"):
-        raise UsageError("a recipe says scheme and algorithm itself: give a recipe, or those two")
-    if recipe and recipe.prepare and prepare:
-        raise UsageError(
-            f"recipe {recipe.name} says itself what it prepares: drop --prepare or that line of it"
-        )
-    original, prepare = arch, recipe.prepare if recipe and recipe.prepare else prepare
-    arch = prepared_architecture(arch, prepare)
-    if context is not None and not SHORTEST <= context <= arch.context:
-        raise PlanRefused(
-            f"a context of {context} tokens was asked for, but this model was trained for {arch.context}: "
-            f"ask for {SHORTEST} to {arch.context}"
-        )
-    if recipe:
-        offered = {recipe.model_copy(update={"prepare": prepare}): "as the recipe says"}
-    elif scheme:
-        offered = {Recipe.uniform(scheme, algorithm, prepare): "as asked for"}
-    else:
-        size = "small" if arch.parameters < SMALL_MODEL else "large"
-        usual = _default_schemes(size, chosen_delegate)
-        offered = {Recipe.uniform(name, algorithm, prepare): why for name, why in usual.items()}
-    delegates = _delegates(chosen_delegate, offered)
-    offers = chosen_delegate.schemes if chosen_delegate else form.schemes
-    by_quality = tuple(sorted(offers, key=lambda name: -parse_scheme(name).bits))
-    engine = "qnn" if HEXAGON in delegates else form.engine
-    form = replace(form, engine=engine, fit=_fit(form, delegates), schemes=by_quality)
-    if wishes not in (None, Wishes()) and HEXAGON not in delegates:
-        raise UsageError("--chips, --no-split and --allow-cpu-ops are for --delegate hexagon")
-    if context is not None and context % form.block:
-        raise PlanRefused(
-            f"a context of {context} tokens was asked for, but {form.name} takes blocks of {form.block}: ask for "
-            f"{-(-context // form.block) * form.block}"
-        )
-    contexts = (context,) if context else _contexts(arch, form.block)
-    chosen = _choose(arch, target, form, offered, contexts)
-    if chosen is None:
-        assert target, "without a device everything fits"
-        raise PlanRefused(_refusal(arch, target, form, next(iter(offered)), contexts, context))
-    asked = context is not None
-    plan = _plan(arch, target, form, delegates, chosen, why_format, offered[chosen.recipe], asked)
-    refuse_idle(prepare, plan.decisions)
-    static = HEXAGON in delegates and any(made.scheme.is_static for made in plan.decisions.values())
-    if calibration is not None and not static and not plan.calibrates:
-        raise UsageError(
-            "--calibration is for what is found on a text, gptq's weights and Hexagon's ranges of w8a16 and w4a16, and "
-            "nothing here is: drop it, or ask for --algorithm gptq"
-        )
-    choices = (*plan.choices, *_preparations(original, prepare), *_calibration(plan, calibration))
-    plan = replace(plan, calibration=calibration, choices=choices)
-    if HEXAGON not in delegates:
-        return plan
-    weights = {name: decision.scheme for name, decision in plan.decisions.items()}
-    compiled = compilation(arch, weights, target, wishes or Wishes(), calibration)
-    return replace(plan, compilation=compiled, choices=(*plan.choices, *compiled.choices(arch, weights)))
-
-
-def _format(
-    arch: Architecture,
-    device: Device | None,
-    schemes: Sequence[Scheme],
-    asked: str | None,
-    delegate: str | None,
-) -> tuple[Format, str]:
-    """The format and why: the one asked for, or that has the delegate; Core ML for Apple's devices, else ONNX unless
-    it cannot hold the model."""
-    fits = arch.head_dim % HEAD_MULTIPLE == 0
-    hindrance = (
-        f"the model's attention heads have {arch.head_dim} dimensions, and onnxruntime's GroupQueryAttention takes "
-        f"multiples of {HEAD_MULTIPLE} on the CPU"
+    asked = Asked(
+        scheme, algorithm, context, recipe, format, delegate, wishes or Wishes(), calibration, prepare
     )
-    if asked is not None:
-        form = find_format(asked)
-        if form.name == "onnx" and not fits:
-            raise PlanRefused(f"{hindrance}: export it with --format executorch")
-        return form, _FORMATS[form.name]
-    if delegate is not None:
-        name = find_delegate(delegate).format
-        return FORMATS[name], f"the one that has delegate {delegate}; {_FORMATS[name]}"
-    if device is not None and device.os in ("ios", "macos") and _takes(find_delegate(APPLE_GPU), schemes):
-        return FORMATS["coreml"], f"{device.name} has Core ML; {_FORMATS['coreml']}"
-    if not fits:
-        return FORMATS["executorch"], f"{hindrance}; {_FORMATS['executorch']}"
-    return FORMATS["onnx"], _FORMATS["onnx"]
+    target = profiles.find(device) if device is not None else None
+    return choose(target, arch, asked, compilers())
 
 
-def _delegate(
-    form: Format, asked: str | None, device: Device | None, schemes: Sequence[Scheme]
-) -> Delegate | None:
-    """What computes for the engine; None for a format that hands nothing on.
+def choose(
+    device: Device | None,
+    arch: Architecture,
+    asked: Asked = NOTHING,
+    compilers: frozenset[str] = EVERY_COMPILER,
+) -> Plan:
+    """Decide what is not asked for, and refuse what cannot be; a pure function, and total but for its refusals.
 
-    For an iPhone the Neural Engine, unless it cannot have the schemes that were asked for.
+    `compilers`: those that are there, by delegate (see `exporter.routes`). Raises as `make_plan`, but for what is not
+    known by its name there.
     """
-    usual = {"executorch": XNNPACK, "coreml": APPLE_GPU}
-    if form.name == "coreml" and device and _has_neural_engine(device):
-        routed = find_delegate(ane.route(device).value)
-        usual["coreml"] = routed.name if _takes(routed, schemes) else APPLE_GPU
-    if asked is not None and not any(delegate.format == form.name for delegate in DELEGATES.values()):
-        raise UsageError(f"format {form.name} has no delegates: drop --delegate or give another format")
-    if asked is None and form.name not in usual:
-        return None
-    found = find_delegate(asked or usual[form.name])
-    if found.format != form.name:
-        raise UsageError(
-            f"delegate {found.name} is for --format {found.format}, and {form.name} was asked for: drop one of them"
+    _require_sense(arch, asked)
+    original, arch = arch, prepared_architecture(arch, asked.prepared)
+    chips = tuple(chip for chip in profiles.chips() if chip.id in map(str.lower, asked.wishes.chips))
+    facts = describe(device, arch, compilers, chips)
+    possible, refused = ways(arch, asked, facts)
+    blocks = [way for way in possible if not (asked.context or 0) % way.form.block]
+    if not blocks and asked.context:
+        form = possible[0].form
+        raise PlanRefused(
+            f"a context of {asked.context} tokens was asked for, but {form.name} takes blocks of {form.block}: ask for "
+            f"{-(-asked.context // form.block) * form.block}"
         )
-    if found.for_a_chip and device is None:
-        raise PlanRefused(f"delegate {found.name} is compiled for a chip: say for which with --device")
-    return found
+    plan = _chosen(device, arch, asked, facts, blocks, list(refused))
+    refuse_idle(asked.prepared, plan.decisions)
+    return replace(plan, choices=(*plan.choices, *_preparations(original, asked.prepared)))
 
 
-def _has_neural_engine(device: Device) -> bool:
-    return device.soc.npu is not None and device.soc.npu.kind == "ane"
+def _require_sense(arch: Architecture, asked: Asked) -> None:
+    """UsageError or PlanRefused for what no device could have."""
+    if asked.recipe and (asked.scheme or asked.algorithm != "rtn"):
+        raise UsageError("a recipe says scheme and algorithm itself: give a recipe, or those two")
+    if asked.recipe and asked.recipe.prepare and asked.prepare:
+        raise UsageError(
+            f"recipe {asked.recipe.name} says itself what it prepares: drop --prepare or that line of it"
+        )
+    if asked.context is not None and not SHORTEST <= asked.context <= arch.context:
+        raise PlanRefused(
+            f"a context of {asked.context} tokens was asked for, but this model was trained for {arch.context}: "
+            f"ask for {SHORTEST} to {arch.context}",
+            "context-trained",
+        )
 
 
-def _takes(delegate: Delegate, schemes: Sequence[Scheme]) -> bool:
-    """Whether the delegate can have weights of these schemes."""
+def _chosen(
+    device: Device | None,
+    arch: Architecture,
+    asked: Asked,
+    facts: Facts,
+    possible: Sequence[Way],
+    refused: list[Refused],
+) -> Plan:
+    """The plan by the way that is wanted most of those that fit; where its compiler cannot have the model, the next."""
+    found = _best(arch, device, possible, asked.context)
+    if found is None:
+        assert device, "without a device everything fits"
+        raise _refusal(arch, device, possible, asked.context)
+    way, best = found
+    if HEXAGON not in way.delegates:
+        if asked.wishes != Wishes():
+            raise UsageError("--chips, --no-split and --allow-cpu-ops are for --delegate hexagon")
+        return _plan(arch, device, asked, facts, way, best, refused, None)
+    weights = {name: decision.scheme for name, decision in best.decisions.items()}
     try:
-        for scheme in schemes:
-            delegate.fit(scheme)
-    except RecipeError:
-        return False
-    return True
-
-
-def _default_schemes(size: str, delegate: Delegate | None) -> dict[str, str]:
-    """Schemes to plan with and why, of those that the delegate takes."""
-    usual = _SCHEMES[size]
-    if delegate is None:
-        return {name: why for name, why in usual.items() if not parse_scheme(name).table}
-    taken = {name: why for name, why in usual.items() if name in delegate.schemes}
-    return taken or {delegate.schemes[0]: f"what {delegate.title} takes"}
-
-
-def _delegates(delegate: Delegate | None, recipes: Iterable[Recipe]) -> tuple[str, ...]:
-    """A variant for each: the delegate, and ExecuTorch's for the CPU to fall back to if it holds the same integers."""
-    if delegate is None:
-        return ()
-    cpu = find_delegate(XNNPACK)  # within ExecuTorch
-    if delegate is cpu or delegate.format != cpu.format:
-        return (delegate.name,)
-    schemes = [parse_scheme(rule.scheme) for recipe in recipes for rule in recipe.rules]
-    return (delegate.name, XNNPACK) if _takes(cpu, schemes) else (delegate.name,)
-
-
-def _fit(form: Format, delegates: tuple[str, ...]) -> Fit:
-    """The nearest scheme that the format and all its delegates take: they hold the same integers."""
-    fits = [find_delegate(name).fit for name in reversed(delegates)] or [form.fit]
-
-    def fit(scheme: Scheme) -> tuple[Scheme, str]:
-        notes = []
-        for each in fits:
-            scheme, note = each(scheme)
-            notes.append(note)
-        return scheme, "; ".join(filter(None, notes))
-
-    return fit
+        compiled = compilation(arch, weights, device, asked.wishes, asked.calibration)
+    except PlanRefused as error:
+        others = [other for other in possible if other is not way]
+        if not others or asked.delegate:
+            raise
+        refused.append(Refused(way.route, error, str(error), error.rule))
+        return _chosen(device, arch, asked, facts, others, refused)
+    return _plan(arch, device, asked, facts, way, best, refused, compiled)
 
 
 @dataclass(frozen=True)
 class _Candidate:
     recipe: Recipe
-    decisions: dict[str, Decision]
+    planned: Planned | None
+    decisions: Mapping[str, Decision]
     context: int
     prediction: Prediction
 
 
-def _choose(
-    arch: Architecture,
-    device: Device | None,
-    form: Format,
-    recipes: Iterable[Recipe],
-    contexts: tuple[int, ...],
-) -> _Candidate | None:
-    """The recipe and the context (of `contexts`, descending) to plan with; None if nothing fits.
+def _best(
+    arch: Architecture, device: Device | None, possible: Sequence[Way], context: int | None
+) -> tuple[Way, _Candidate] | None:
+    """The way, recipe and context to plan with; None if nothing fits.
 
-    The first recipe that fits easily with a roomy context, and the longest that does; else the first that fits
-    at all with a roomy context, else with any.
+    The first recipe of the first way that fits easily with a roomy context, and the longest that does; else the first
+    that fits at all with a roomy context, else with any.
     """
     budget = memory_budget(device)
-    longest, shortest = contexts[0], contexts[-1]
-    roomy = max(shortest, min(ROOMY, longest))
-    ladders = [_ladder(arch, device, form, recipe, contexts) for recipe in recipes]
-    for share, least, most in ((TIGHT, roomy, longest), (1, roomy, roomy), (1, shortest, roomy)):
-        for ladder in ladders:
-            for step in ladder:
-                if least <= step.context <= most and (
-                    budget is None or step.prediction.memory.value <= share * budget
-                ):
-                    return step
+    steps = {way.route.id: (context,) if context else _contexts(arch, way.form.block) for way in possible}
+    for share, roomy, longer in ((TIGHT, True, True), (1, True, False), (1, False, False)):
+        for way in possible:
+            longest, shortest = steps[way.route.id][0], steps[way.route.id][-1]
+            enough = max(shortest, min(ROOMY, longest))
+            least, most = enough if roomy else shortest, longest if longer else enough
+            for recipe, planned in way.recipes.items():
+                for tokens in steps[way.route.id]:
+                    if least <= tokens <= most:
+                        step = _candidate(arch, way, recipe, tokens, None, planned)
+                        if budget is None or step.prediction.memory.value <= share * budget:
+                            return way, _candidate(arch, way, recipe, tokens, device, planned)
     return None
 
 
-def _ladder(
-    arch: Architecture, device: Device | None, form: Format, recipe: Recipe, contexts: Iterable[int]
-) -> list[_Candidate]:
-    """One candidate for each context."""
-    decisions = recipe.resolve(arch, form.fit)
-    decoder = _decoder(arch, decisions)
+def _candidate(
+    arch: Architecture,
+    way: Way,
+    recipe: Recipe,
+    context: int,
+    device: Device | None = None,
+    planned: Planned | None = None,
+) -> _Candidate:
+    """What a recipe would need; its speed too if there is a device."""
     bandwidth = device.soc.bandwidth_bytes_per_s if device else None
-    return [
-        _Candidate(
-            recipe, decisions, context, predict(decoder, context, engine=form.engine, bandwidth=bandwidth)
-        )
-        for context in contexts
-    ]
+    decisions, _ = _resolved(arch, recipe, way.form.name, way.delegates)
+    prediction = _predicted(arch, recipe, way.form.name, way.delegates, way.form.engine, context, bandwidth)
+    return _Candidate(recipe, planned, decisions, context, prediction)
+
+
+@lru_cache(maxsize=512)
+def _resolved(
+    arch: Architecture, recipe: Recipe, form: str, delegates: tuple[str, ...]
+) -> tuple[Mapping[str, Decision], Decoder]:
+    """What each weight becomes, and the numbers for a prediction: alike for all devices."""
+    decisions = recipe.resolve(arch, fit(FORMATS[form], delegates))
+    return MappingProxyType(decisions), _decoder(arch, decisions)
+
+
+@lru_cache(maxsize=16384)
+def _predicted(
+    arch: Architecture,
+    recipe: Recipe,
+    form: str,
+    delegates: tuple[str, ...],
+    engine: str,
+    context: int,
+    bandwidth: float | None,
+) -> Prediction:
+    _, decoder = _resolved(arch, recipe, form, delegates)
+    return predict(decoder, context, engine=engine, bandwidth=bandwidth)
 
 
 def _contexts(arch: Architecture, block: int) -> tuple[int, ...]:
@@ -435,46 +345,54 @@ def _decoder(arch: Architecture, decisions: Mapping[str, Decision]) -> Decoder:
 # refusing
 
 
-def _refusal(
-    arch: Architecture,
-    device: Device,
-    form: Format,
-    recipe: Recipe,
-    contexts: tuple[int, ...],
-    context: int | None,
-) -> str:
-    """Why nothing fits, and what would: less context, another scheme, or else a smaller model."""
+def _refusal(arch: Architecture, device: Device, possible: Sequence[Way], context: int | None) -> PlanRefused:
+    """Why nothing fits, and what would: less context, another scheme, another way, or else a smaller model."""
     budget = memory_budget(device) or 0
-    needed = _ladder(arch, device, form, recipe, contexts[-1:])[0]
-    found = (
-        f"the model ({_count(arch.parameters)} parameters) at {recipe.name} with a context of {needed.context} tokens "
-        f"needs {_gb(needed.prediction.memory.value)}, but on {device.name} it may use {_gb(budget)} "
-        f"({_without_sources(device.app_memory_reason)}; {_gb(APP_BYTES)} stay for the app)"
-    )
     powers = [1 << power for power in range(CONTEXTS[-1].bit_length() - 1, arch.context.bit_length())]
     every = tuple(sorted({arch.context, *powers}, reverse=True))
     wanted = context or min(ROOMY, arch.context)
 
-    def fitting(other: Recipe) -> list[_Candidate]:
-        return [
-            step
-            for step in _ladder(arch, device, form, other, every)
-            if step.prediction.memory.value <= budget
-        ]
+    def fitting(way: Way, recipe: Recipe) -> _Candidate | None:
+        steps = (_candidate(arch, way, recipe, tokens) for tokens in every if not tokens % way.form.block)
+        return next((step for step in steps if step.prediction.memory.value <= budget), None)
 
-    same = fitting(recipe)
-    others = [steps[0] for name in form.schemes if (steps := fitting(Recipe.uniform(name)))]
-    offers = same[:1] + [step for step in others if step.context >= wanted][:1]
-    if not offers:
-        offers = others[:1]
-    if offers:
-        listed = " or ".join(f"{step.recipe.name} with up to {step.context} tokens" for step in offers)
-        return f"{found}: {listed} fits"
-    least = _ladder(arch, device, form, Recipe.uniform(form.schemes[-1]), every[-1:])[0]
+    for way in possible:
+        recipe = next(iter(way.recipes))
+        same = fitting(way, recipe)
+        others = [step for name in way.form.schemes if (step := fitting(way, Recipe.uniform(name)))]
+        offers = [same] if same else []
+        offers += [step for step in others if step.context >= wanted][:1]
+        if offers := offers or others[:1]:
+            listed = " or ".join(f"{step.recipe.name} with up to {step.context} tokens" for step in offers)
+            needed = _needed(arch, way, recipe, context)
+            return _too_large(arch, device, needed, f"{listed} fits")
+    way = possible[-1]
+    least = _candidate(arch, way, Recipe.uniform(way.form.schemes[-1]), every[-1])
     size = int(arch.parameters * budget / least.prediction.memory.value)
-    return (
-        f"{found}: no scheme makes it fit ({least.recipe.name} with {least.context} tokens needs "
-        f"{_gb(least.prediction.memory.value)}), take a model of up to about {_count(size)} parameters"
+    needed = _needed(arch, way, next(iter(way.recipes)), context)
+    return _too_large(
+        arch,
+        device,
+        needed,
+        f"no scheme makes it fit ({least.recipe.name} with {least.context} tokens needs "
+        f"{_gb(least.prediction.memory.value)}), take a model of up to about {_count(size)} parameters",
+    )
+
+
+def _needed(arch: Architecture, way: Way, recipe: Recipe, context: int | None) -> _Candidate:
+    """What does not fit: with the context that was asked for, or the shortest."""
+    return _candidate(arch, way, recipe, context or _contexts(arch, way.form.block)[-1])
+
+
+def _too_large(arch: Architecture, device: Device, needed: _Candidate, remedy: str) -> PlanRefused:
+    """What does not fit, where, and what would."""
+    memory = needed.prediction.memory.value
+    return PlanRefused(
+        f"the model ({_count(arch.parameters)} parameters) at {needed.recipe.name} with a context of {needed.context} "
+        f"tokens needs {_gb(memory)}, but on {device.name} it may use {_gb(memory_budget(device) or 0)} "
+        f"({_without_sources(device.app_memory_reason)}; {_gb(APP_BYTES)} stay for the app): {remedy}",
+        "ram-budget",
+        memory,
     )
 
 
@@ -489,109 +407,217 @@ def _without_sources(reason: str) -> str:
 def _plan(
     arch: Architecture,
     device: Device | None,
-    form: Format,
-    delegates: tuple[str, ...],
+    asked: Asked,
+    facts: Facts,
+    way: Way,
     chosen: _Candidate,
-    why_format: str,
-    why: str,
-    asked: bool,
+    refused: Sequence[Refused],
+    compiled: Compilation | None,
 ) -> Plan:
-    prediction, budget = chosen.prediction, memory_budget(device)
+    """All of it told; UsageError for a calibration text that nothing needs."""
+    static = compiled is not None and compiled.route == hexagon.QUANTIZED
+    calibrates = _calibrates(chosen.recipe, chosen.decisions)
+    if asked.calibration is not None and not static and not calibrates:
+        raise UsageError(
+            "--calibration is for what is found on a text, gptq's weights and Hexagon's ranges of w8a16 and w4a16, and "
+            "nothing here is: drop it, or ask for --algorithm gptq"
+        )
+    weights = {name: decision.scheme for name, decision in chosen.decisions.items()}
     choices = [
-        Choice(topic="format", value=form.name, reason=why_format),
-        _backend(device, form, delegates),
-        *_npu(arch, device, form, chosen.context),
-        Choice(topic="scheme", value=chosen.recipe.name, reason=why),
+        _format(way, asked, refused),
+        _backend(device, asked, facts, way, refused),
+        *_npu(arch, device, way, chosen.context),
+        _fallback(arch, way, chosen),
+        _scheme(way, chosen),
         *_deviations(chosen.recipe, chosen.decisions),
         *_algorithms(chosen.decisions),
-        _activations(form, delegates, chosen.decisions),
+        _activations(way, chosen.decisions),
         _context(arch, device, chosen, asked),
-        _entry_points(form, delegates),
+        _entry_points(way),
+        *_packages(way, chosen),
         *_positions(arch, chosen.context),
         *_windows(arch, chosen.context),
         _threads(device),
+        *_memory(device, chosen),
+        *(_calibration(asked.calibration) if calibrates else ()),
+        *(compiled.choices(arch, weights) if compiled else ()),
     ]
-    warnings = []
-    if device and not prediction.decode:
-        warnings.append(
-            f"the profile of {device.name} does not say its memory bandwidth: its speed is not predicted"
-        )
-    if device and budget:
-        needed = prediction.memory.value
-        share = needed / budget
-        choices.append(
-            Choice(
-                topic="memory",
-                value=f"{_gb(needed)} of {_gb(budget)}",
-                reason=f"{device.app_memory_reason}; {_gb(APP_BYTES)} stay for the app",
-            )
-        )
-        if share > TIGHT:
-            warnings.append(
-                f"tight: {_gb(needed)} is {share:.0%} of the {_gb(budget)} that the model may use on {device.name}; "
-                "a shorter context leaves more"
-            )
     return Plan(
         device=device,
-        format=form.name,
-        engine=form.engine,
-        delegates=delegates,
+        format=way.form.name,
+        engine=way.form.engine,
+        delegates=way.delegates,
         scheme=chosen.recipe.name,
         recipe=chosen.recipe,
-        decisions=chosen.decisions,
+        decisions=dict(chosen.decisions),
         context=chosen.context,
         last_logits_only=True,
         choices=tuple(choices),
-        prediction=prediction,
-        warnings=tuple(warnings),
+        prediction=chosen.prediction,
+        warnings=tuple(_warnings(arch, device, asked, facts, way, chosen)),
+        compilation=compiled,
+        calibration=asked.calibration,
     )
 
 
-def _backend(device: Device | None, form: Format, delegates: tuple[str, ...]) -> Choice:
-    if form.name == "coreml":
-        return Choice(
-            topic="backend", value=find_delegate(delegates[0]).title, reason=_layout(device, delegates[0])
+def _warnings(
+    arch: Architecture, device: Device | None, asked: Asked, facts: Facts, way: Way, chosen: _Candidate
+) -> Iterator[str]:
+    """What the user should know before it starts: what is slower than it could be, or tight."""
+    if not device:
+        return
+    yield from (f"{rule.reason(facts)} [{rule.id}]" for rule in way.warned if rule.effect != "later")
+    if asked.format or asked.delegate:
+        try:
+            first = ways(arch, replace(asked, format=None, delegate=None), facts)[0][0]
+        except GochuError:
+            first = way  # what was asked for can be made by this way alone
+        order = [route.id for route in routes()]
+        if order.index(first.route.id) < order.index(way.route.id):
+            yield f"planned unless asked otherwise is the {first.route.title}: {first.route.says} [{first.route.id}]"
+    if asked.scheme and not way.warned:
+        usual = ways(arch, replace(asked, scheme=None), facts)[0][0]
+        first_scheme = parse_scheme(next(iter(usual.recipes)).rules[-1].scheme)
+        if (bits := parse_scheme(asked.scheme).bits) > first_scheme.bits:
+            yield (
+                f"{asked.scheme} has {bits / first_scheme.bits:g} times the bits of {first_scheme.name}, which would "
+                f"be planned: {entry('bytes-per-token').says} [bytes-per-token]"
+            )
+    if not chosen.prediction.decode:
+        yield f"the profile of {device.name} does not say its memory bandwidth: its speed is not predicted"
+    needed, budget = chosen.prediction.memory.value, memory_budget(device)
+    if HEXAGON in way.delegates and (most := _on_cpu(arch, chosen)) > (budget or 0):
+        yield (
+            f"the variant for the CPU takes {_gb(most)}, more than {device.name} has for it: there this runs on the "
+            "NPU or not at all [ram-budget]"
         )
-    if form.name == "coreai":
-        why = "Core AI compiles the asset on the device for what it has; written here, never run on Apple's hardware"
-        return Choice(topic="backend", value="CPU, GPU or Neural Engine (Core AI)", reason=why)
-    cpu = _CPU[form.name]
-    if HEXAGON in delegates:
-        why = f"as asked for, with a variant for the {cpu} to fall back to; compiled here and run in Qualcomm's "
-        why += "simulator, never on a phone"
-        return Choice(topic="backend", value=find_delegate(HEXAGON).title, reason=why)
-    if delegates and delegates[0] != XNNPACK:
-        fallback = (
-            f"with a variant for the {cpu} to fall back to"
-            if XNNPACK in delegates
-            else "without a variant for the CPU, which has no products by these weights"
+    if budget and needed > TIGHT * budget:
+        yield (
+            f"tight: {_gb(needed)} is {needed / budget:.0%} of the {_gb(budget)} that the model may use on "
+            f"{device.name}; a shorter context leaves more [ram-tight]"
         )
-        why = f"as asked for, {fallback}; it is written here and was never run on a phone"
-        return Choice(topic="backend", value=find_delegate(delegates[0]).title, reason=why)
+
+
+def _format(way: Way, asked: Asked, refused: Sequence[Refused]) -> Choice:
+    """The format, and what stood against each of the others."""
+    row = entry(f"format-{way.form.name}")
+    against = {
+        one.route.format: one for one in reversed(refused) if one.route.format not in ("", way.form.name)
+    }
+    ids, reasons = ["asked"] if asked.format else [], []
+    if not asked.format and (first := against.get("onnx")):  # what is planned for all but Apple's devices
+        ids, reasons = [first.rule], [first.reason]
+    others = [Alternative(value=name, reason=one.reason, rule=one.rule) for name, one in against.items()]
+    reason = "; ".join((*reasons, row.says))
+    return choice("format", way.form.name, *ids, row.id, reason=reason, alternatives=tuple(others))
+
+
+def _backend(
+    device: Device | None, asked: Asked, facts: Facts, way: Way, refused: Sequence[Refused]
+) -> Choice:
+    """What computes, and why nothing else does."""
+    others = _alternatives(facts, way, refused)
+    reasons, ids = [way.route.says], [way.route.id]
+    if asked.delegate is not None:
+        reasons, ids = ["as asked for", *reasons], ["asked", *ids]
     npu = device.soc.npu if device else None
-    why = _BACKENDS[npu.kind].format(npu=npu.name) if npu else "runs on every phone and computer"
-    return Choice(topic="backend", value=cpu, reason=why)
+    if npu and way.on_cpu:
+        own = {route.title for route in routes() if route.npu == npu.kind}
+        first = next((one for one in others if one.value in own), None)
+        by_rule = first is not None and first.rule != "in-order"
+        ids.append(first.rule if first and by_rule else "asked")
+        reasons.append(
+            f"the NPU ({npu.name}) stands idle: {first.reason if first and by_rule else 'as asked for'}"
+        )
+    elif way.form.name == "coreml":
+        other = APPLE_GPU if way.route.delegate == NEURAL_ENGINE else NEURAL_ENGINE
+        reasons.append(f"--delegate {other} is the other layout")
+        reasons.append("written here, and evaluated operation by operation, never run on Apple's hardware")
+    elif HEXAGON in way.delegates:
+        reasons.append("compiled here and run in Qualcomm's simulator, never on a phone")
+    elif way.form.name == "executorch" and not way.on_cpu:
+        reasons.append("it is written here and was never run on a phone")
+    why, rules = "; ".join(reasons), tuple(dict.fromkeys(ids))
+    return choice("backend", way.route.title, *rules, reason=why, alternatives=tuple(others))
 
 
-def _layout(device: Device | None, delegate: str) -> str:
-    """Why a Core ML package is laid out as it is."""
-    never = "written here, and evaluated operation by operation, never run on Apple's hardware"
-    other = APPLE_GPU if delegate == NEURAL_ENGINE else NEURAL_ENGINE
-    if device is not None and _has_neural_engine(device) and (route := ane.route(device)).value == delegate:
-        return f"{route.reason} (--delegate {other}); {never}"
-    what = {
-        NEURAL_ENGINE: "1x1 convolutions, lookup tables or one scale for each output, two states",
-        APPLE_GPU: "linear layers with integers in groups, which the Neural Engine does not take",
-    }[delegate]
-    return f"{what}; --delegate {other} is the other layout; {never}"
+def _alternatives(facts: Facts, way: Way, refused: Sequence[Refused]) -> list[Alternative]:
+    """Of the routes that concern the device, those that were not taken: the first rule against each."""
+    why = {one.route.id: one.alternative() for one in refused}
+    found: dict[str, Alternative] = {}
+    for route in routes():
+        if route.title in (way.route.title, *found) or not route.concerns(facts):
+            continue
+        rules = against(route, facts)
+        if route.id in why:
+            found[route.title] = why[route.id]
+        elif rules:
+            found[route.title] = Alternative(
+                value=route.title, reason=rules[0].reason(facts), rule=rules[0].id
+            )
+        else:
+            reason = f"{entry('in-order').says}: {route.says}"
+            found[route.title] = Alternative(value=route.title, reason=reason, rule="in-order")
+    return list(found.values())
 
 
-def _npu(arch: Architecture, device: Device | None, form: Format, context: int) -> Iterator[Choice]:
+def _npu(arch: Architecture, device: Device | None, way: Way, context: int) -> Iterator[Choice]:
     """What Samsung's compiler would take of the model, where the phone has an Exynos chip."""
-    if device and device.soc.npu and device.soc.npu.kind == "exynos" and form.name == "executorch":
+    if device and device.soc.npu and device.soc.npu.kind == "exynos" and way.form.name == "executorch":
         from exporter.npu import exynos
 
-        yield exynos.route(device, arch, context=context)
+        told = exynos.route(device, arch, context=context)
+        yield choice(told.topic, told.value, "exynos", reason=told.reason)
+
+
+def _fallback(arch: Architecture, way: Way, chosen: _Candidate) -> Choice:
+    """The variant for whatever cannot run the first one."""
+    if HEXAGON in way.delegates:
+        why = f"{entry('fallback-cpu').says}; there it takes {_gb(_on_cpu(arch, chosen))} of memory"
+        return choice("fallback", "CPU (ONNX Runtime)", "fallback-cpu", reason=why)
+    if XNNPACK in way.delegates[1:]:
+        return choice("fallback", find_delegate(XNNPACK).title, "fallback-cpu")
+    if way.form.name in ("coreml", "coreai"):
+        return choice("fallback", "none", "fallback-coreml")
+    return choice("fallback", "none", "fallback-absent" if way.route.asked else "fallback-none")
+
+
+def _on_cpu(arch: Architecture, chosen: _Candidate) -> float:
+    """Bytes of memory that the ONNX variant for the CPU takes."""
+    engine = FORMATS["onnx"].engine
+    return _predicted(arch, chosen.recipe, "onnx", (), engine, chosen.context, None).memory.value
+
+
+def _scheme(way: Way, chosen: _Candidate) -> Choice:
+    """The scheme, and those before and after it in the route's order."""
+    if chosen.planned is None:
+        return choice("scheme", chosen.recipe.name, "asked")
+    order = [planned for planned in way.recipes.values() if planned]
+    place = order.index(chosen.planned)
+    others = [
+        Alternative(value=one.scheme, reason="it leaves too little memory", rule="ram-budget")
+        if index < place
+        else Alternative(value=one.scheme, reason=entry("in-order").says, rule="in-order")
+        for index, one in enumerate(order)
+        if index != place
+    ]
+    return choice("scheme", chosen.recipe.name, chosen.planned.id, alternatives=tuple(others))
+
+
+def _memory(device: Device | None, chosen: _Candidate) -> Iterator[Choice]:
+    """The share of the budget that is used."""
+    if device and (budget := memory_budget(device)):
+        needed = chosen.prediction.memory.value
+        ids = ("ram-budget", "ram-tight") if needed > TIGHT * budget else ("ram-budget",)
+        why = f"{device.app_memory_reason}; {_gb(APP_BYTES)} stay for the app"
+        yield choice("memory", f"{_gb(needed)} of {_gb(budget)}", *ids, reason=why)
+
+
+def _packages(way: Way, chosen: _Candidate) -> Iterator[Choice]:
+    """How many packages the Neural Engine's limit makes of a model, by its predicted size."""
+    if NEURAL_ENGINE in way.delegates:
+        count = -(-int(chosen.prediction.file.value) // ane.limits().package_bytes)
+        yield choice("packages", str(count) if count == 1 else f"about {count}", "ane-package-bytes")
 
 
 def _deviations(recipe: Recipe, decisions: Mapping[str, Decision]) -> Iterator[Choice]:
@@ -603,27 +629,33 @@ def _deviations(recipe: Recipe, decisions: Mapping[str, Decision]) -> Iterator[C
             groups.setdefault(decision, []).append(name)
     for decision, names in groups.items():
         kinds = sorted({name.split(".", 2)[-1] for name in names})
-        yield Choice(
-            topic="tensors",
-            value=f"{len(names)} tensor{'s' if len(names) > 1 else ''} at {decision.scheme.name}",
+        yield choice(
+            "tensors",
+            f"{len(names)} tensor{'s' if len(names) > 1 else ''} at {decision.scheme.name}",
+            "group-divides",
             reason=f"{', '.join(kinds)}: {decision.note or 'as the recipe says'}",
         )
 
 
-def _activations(form: Format, delegates: tuple[str, ...], decisions: Mapping[str, Decision]) -> Choice:
+def _activations(way: Way, decisions: Mapping[str, Decision]) -> Choice:
+    delegates, form = way.delegates, way.form
     if HEXAGON in delegates:
         route = hexagon.common_route(decision.scheme for decision in decisions.values())
         value = "uint16" if route == hexagon.QUANTIZED else "float16"
-        return Choice(topic="activations", value=value, reason=hexagon.reason("routes", route))
-    if delegates and delegates[0] != XNNPACK:
-        why = f"{find_delegate(delegates[0]).title} unfolds the weights where it multiplies by them"
-        return Choice(topic="activations", value="float16" if form.name == "coreml" else "float", reason=why)
-    if form.name == "coreai":
-        why = "Core AI unfolds the weights where it multiplies by them"
-        return Choice(topic="activations", value="float16", reason=why)
+        return choice("activations", value, "activations-hexagon", reason=hexagon.reason("routes", route))
+    if way.form.name == "coreai" or (delegates and delegates[0] != XNNPACK):
+        title = find_delegate(delegates[0]).title if delegates else "Core AI"
+        why = f"{title} unfolds the weights where it multiplies by them"
+        value = "float" if form.name == "executorch" else "float16"
+        return choice("activations", value, "activations-unfolded", reason=why)
     kinds = sorted({decision.scheme.activations for decision in decisions.values()}, reverse=True)
-    reasons = [_ACTIVATIONS[kind].format(scale=_ROUNDED[form.name]) for kind in kinds]
-    return Choice(topic="activations", value=" and ".join(kinds), reason="; ".join(reasons))
+    reasons = [
+        _ACTIVATIONS["int8" if kind == "int8" else "float32"].format(scale=_ROUNDED[form.name])
+        for kind in kinds
+    ]
+    return choice(
+        "activations", " and ".join(kinds), "activations-cpu", reason="; ".join(dict.fromkeys(reasons))
+    )
 
 
 def _algorithms(decisions: Mapping[str, Decision]) -> Iterator[Choice]:
@@ -634,61 +666,65 @@ def _algorithms(decisions: Mapping[str, Decision]) -> Iterator[Choice]:
     for name, scheme in found.items():
         some = [tensor for tensor, made in decisions.items() if made.algorithm == name]
         where = "" if len(found) == 1 else f" for {len(some)} tensor{'s' if len(some) > 1 else ''}"
-        yield Choice(topic="algorithm", value=name + where, reason=find_algorithm(name, scheme).reason)
+        yield choice("algorithm", name + where, "algorithm", reason=find_algorithm(name, scheme).reason)
 
 
-def _preparations(arch: Architecture, names: Iterable[str]) -> Iterator[Choice]:
+def _preparations(arch: Architecture, names: Sequence[str]) -> Iterator[Choice]:
     """What is done to the weights of `arch` before they are quantized."""
     for name in names:
         made = PREPARATIONS[name]
         reason = "; ".join(filter(None, (made.reason, made.note(arch))))
-        yield Choice(topic="preparation", value=name, reason=reason)
+        yield choice("preparation", name, "preparation", reason=reason)
 
 
-def _calibration(plan: Plan, texts: Path | None) -> Iterator[Choice]:
-    """The text that weights are calibrated on, where they are."""
-    if plan.calibrates:
-        why = "the layers' activations on it say which weights matter: Korean, English, code and numbers, or for "
-        why += "pepper what it was trained on; the model runs on it here, layer by layer"
-        yield Choice(topic="calibration", value=text_name(texts), reason=why)
+def _calibrates(recipe: Recipe, decisions: Mapping[str, Decision]) -> bool:
+    """Whether weights, or scales folded into them, are found on a calibration text."""
+    return bool(calibrated(decisions)) or finder(recipe.prepare) is not None
 
 
-def _context(arch: Architecture, device: Device | None, chosen: _Candidate, asked: bool) -> Choice:
+def _calibration(texts: Path | None) -> Iterator[Choice]:
+    """The text that weights are calibrated on."""
+    why = "the layers' activations on it say which weights matter: Korean, English, code and numbers, or for "
+    why += "pepper what it was trained on; the model runs on it here, layer by layer"
+    yield choice("calibration", text_name(texts), "calibration", reason=why)
+
+
+def _context(arch: Architecture, device: Device | None, chosen: _Candidate, asked: Asked) -> Choice:
     per_token = chosen.prediction.cache.value / chosen.context
     cost = f"each token takes {per_token / 1e3:.1f} kB of KV cache"
-    if asked:
-        why = f"as asked for; {cost}"
+    if asked.context is not None:
+        id, why = "asked", f"as asked for; {cost}"
     elif chosen.context == arch.context:
-        why = f"all that the model was trained for; {cost}"
+        id, why = "context-trained", f"all that the model was trained for; {cost}"
     elif chosen.context == CONTEXTS[0]:
+        id = "context-chat"
         why = f"enough for a chat; {cost}, the model could hold {arch.context} tokens"
     else:
+        id = "context-memory"
         why = f"more does not fit well in the memory of {device.name if device else 'this computer'}; {cost}"
-    return Choice(topic="context", value=f"{chosen.context} tokens", reason=why)
+    return choice("context", f"{chosen.context} tokens", id, reason=why)
 
 
-def _entry_points(form: Format, delegates: tuple[str, ...]) -> Choice:
-    if form.name == "coreml":
+def _entry_points(way: Way) -> Choice:
+    if way.form.name == "coreml":
         why = "shapes are fixed: a prompt goes in chunks of 64 tokens, the last one padded, and then token by token"
-        return Choice(topic="entry points", value="prefill and decode", reason=why)
-    if form.name == "coreai":
+        return choice("entry points", "prefill and decode", "fixed-shapes", reason=why)
+    if way.form.name == "coreai":
         why = (
             "shapes are fixed: blocks of 64 tokens fill the cache with a prompt, blocks of 8 give the logits"
         )
-        return Choice(topic="entry points", value="load, gather, prompt and extend", reason=why)
-    if HEXAGON in delegates:
-        why = "shapes are fixed: all but the last token of a prompt go in chunks, the last one padded, without a head; "
-        why += "the embedding is looked up on the CPU, since the NPU takes no quantized table"
-        return Choice(topic="entry points", value="embed, prefill and decode", reason=why)
-    if delegates and not find_delegate(delegates[0]).any_length:
-        why = "its compiler wants fixed shapes, and two graphs would have a KV cache each: a prompt goes token by token"
-        return Choice(topic="entry points", value="decode", reason=why)
-    return Choice(
-        topic="entry points",
-        value="decode",
-        reason="one graph takes any number of tokens, a prompt or the one just chosen, and gives the logits of "
-        "the last: those before it are never read",
-    )
+        return choice("entry points", "load, gather, prompt and extend", "fixed-shapes", reason=why)
+    if HEXAGON in way.delegates:
+        why = (
+            "shapes are fixed: all but the last token of a prompt go in chunks of 128, the last one padded, without a "
+            "head; the embedding is looked up on the CPU, since the NPU takes no quantized table"
+        )
+        return choice("entry points", "embed, prefill and decode", "fixed-shapes", reason=why)
+    if way.delegates and not find_delegate(way.delegates[0]).any_length:
+        return choice("entry points", "decode", "no-any-length")
+    why = "one graph takes any number of tokens, a prompt or the one just chosen, and gives the logits of the last: "
+    why += "those before it are never read"
+    return choice("entry points", "decode", "any-length", reason=why)
 
 
 def _positions(arch: Architecture, context: int) -> Iterator[Choice]:
@@ -701,25 +737,22 @@ def _positions(arch: Architecture, context: int) -> Iterator[Choice]:
     else:
         value = "short factors"
         why = f"the context is within the {original} tokens before the extension, where these are exact"
-    yield Choice(topic="rope", value=value, reason=why)
+    yield choice("rope", value, "longrope", reason=why)
 
 
 def _windows(arch: Architecture, context: int) -> Iterator[Choice]:
     """Layers that see only the last tokens; of no effect where the context is no longer than the window."""
     windows = [window for window in arch.windows if 0 < window < context]
     if windows:
-        yield Choice(
-            topic="sliding window",
-            value=f"{max(windows)} tokens in {len(windows)} of {arch.layers} layers",
-            reason="as it was trained: older tokens are masked, the KV cache holds them all the same",
-        )
+        value = f"{max(windows)} tokens in {len(windows)} of {arch.layers} layers"
+        yield choice("sliding window", value, "sliding-window")
 
 
 def _threads(device: Device | None) -> Choice:
     cores = device.soc.performance_cores if device else None
     if device is None or cores is None:
-        return Choice(topic="threads", value="found when it runs", reason="one for each fast core")
-    return Choice(topic="threads", value=str(cores), reason=_cores(device.soc))
+        return choice("threads", "found when it runs", "fast-cores", reason="one for each fast core")
+    return choice("threads", str(cores), "fast-cores", reason=_cores(device.soc))
 
 
 def _cores(chip: Chip) -> str:

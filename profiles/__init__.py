@@ -11,9 +11,10 @@ name below.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from profiles.errors import AmbiguousDevice, ProfileError, UnknownDevice
+from profiles.errors import AmbiguousDevice, ProfileError, UnknownDevice, UnknownModel
 
 if TYPE_CHECKING:
+    from profiles.architectures import KnownModel, find_model, models
     from profiles.loader import chips, devices, find, observations, search
     from profiles.model import Chip, Device
     from profiles.observation import Observation
@@ -22,12 +23,16 @@ __all__ = [
     "AmbiguousDevice",
     "Chip",
     "Device",
+    "KnownModel",
     "Observation",
     "ProfileError",
     "UnknownDevice",
+    "UnknownModel",
     "chips",
     "devices",
     "find",
+    "find_model",
+    "models",
     "observations",
     "search",
 ]
@@ -36,6 +41,7 @@ _HOME = {
     "Chip": "model",
     "Device": "model",
     "Observation": "observation",
+    **dict.fromkeys(("KnownModel", "find_model", "models"), "architectures"),
     **dict.fromkeys(("chips", "devices", "find", "observations", "search"), "loader"),
 }
 

@@ -5,6 +5,7 @@ GochuError                  exit 3: bad input
 ├── MissingExtra            exit 5: a library or tool is not installed
 ├── ProfileError            exit 3: a profile file breaks the rules
 ├── UnknownDevice           exit 3: no profile by that name
+├── UnknownModel            exit 3: no model of the catalogue by that name
 ├── AmbiguousDevice         exit 3: several phones answer to that name
 ├── (runtimes/errors.py)    bundles, engines
 └── (exporter/errors.py)    checkpoints, plans, the gate
@@ -38,6 +39,10 @@ class ProfileError(GochuError):
 
 class UnknownDevice(GochuError):
     """No profile answers to the name; the message lists near misses."""
+
+
+class UnknownModel(GochuError):
+    """No model of the catalogue answers to the name; the message lists near misses."""
 
 
 class AmbiguousDevice(GochuError):

@@ -89,11 +89,11 @@ class Catalogue:
         """This catalogue and the profiles in `folder`."""
         chips, devices = dict(self.chips), dict(self.devices)
         for identity, file in _profiles(folder, SOCS, known=self.chips):
-            chip = _validate(ChipProfile, _read(file), file)
+            chip = validate(ChipProfile, read(file), file)
             types = self.number_types.get(chip.npu.family) if chip.npu else None
             chips[identity] = Chip(id=identity, number_types=types, **dict(chip))
         for identity, file in _profiles(folder, DEVICES, known=self.devices):
-            device = _validate(DeviceProfile, _read(file), file)
+            device = validate(DeviceProfile, read(file), file)
             if device.chip not in chips:
                 raise ProfileError(
                     f"{file}: the chip {device.chip!r} has no profile; write {SOCS}/{device.chip}.toml "
@@ -109,9 +109,9 @@ class Catalogue:
 def _shipped() -> Catalogue:
     home = files("profiles")
     file = home / "memory.toml"
-    rules = {system: _validate(MemoryRule, rule, file) for system, rule in _read(file).items()}
+    rules = {system: validate(MemoryRule, rule, file) for system, rule in read(file).items()}
     file = home / "npus.toml"
-    types = [_validate(NumberTypes, entry, file) for entry in _read(file)["types"]]
+    types = [validate(NumberTypes, entry, file) for entry in read(file)["types"]]
     return Catalogue(rules, {npu: entry for entry in types for npu in entry.npus}).extended(home)
 
 
@@ -123,7 +123,7 @@ def _shipped_observations() -> tuple[Observation, ...]:
 def _observations(folder: Traversable, catalogue: Catalogue) -> Iterator[Observation]:
     for _, file in _profiles(folder, OBSERVATIONS):
         try:
-            yield from _validate(Publication, _read(file), file).observations(
+            yield from validate(Publication, read(file), file).observations(
                 catalogue.devices, catalogue.chips
             )
         except KeyError as error:
@@ -176,7 +176,8 @@ def _profiles(
         yield identity, file
 
 
-def _read(file: Traversable) -> dict[str, Any]:
+def read(file: Traversable) -> dict[str, Any]:
+    """A TOML file; ProfileError if it is none."""
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -187,7 +188,8 @@ def _read(file: Traversable) -> dict[str, Any]:
         raise ProfileError(f"{file}: cannot be read ({error.strerror}); make it a readable file.") from error
 
 
-def _validate(model: type[Model], values: object, file: Traversable) -> Model:
+def validate(model: type[Model], values: object, file: Traversable) -> Model:
+    """What a file says, as a model; ProfileError names the first fault."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

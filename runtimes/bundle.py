@@ -46,12 +46,26 @@ class FileEntry(Strict):
     sha256: Sha256
 
 
+class Alternative(Strict):
+    """What was not chosen, why not, and the id of the rule that says so."""
+
+    value: str
+    reason: str
+    rule: str
+
+
 class Choice(Strict):
-    """A decision with its reason; `topic` is what was decided (format, scheme, context, ...)."""
+    """A decision with its reason; `topic` is what was decided (format, scheme, context, ...).
+
+    `rules`: the ids of the rules that made it, in the planner's table; `source`: who says what they say.
+    """
 
     topic: str
     value: str
     reason: str
+    rules: tuple[str, ...] = ()
+    source: str = ""
+    alternatives: tuple[Alternative, ...] = ()
 
 
 class ModelInfo(Strict):

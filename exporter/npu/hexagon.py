@@ -66,16 +66,19 @@ def npu(chip: Chip, scheme: Scheme | None = None) -> qnn.Chip:
     found = chip.npu
     if found is None or found.kind != "hexagon":
         raise PlanRefused(
-            f"{chip.name} has no Hexagon NPU: take a phone with a Snapdragon chip, or another delegate"
+            f"{chip.name} has no Hexagon NPU: take a phone with a Snapdragon chip, or another delegate",
+            "hexagon-npu",
         )
     if found.soc_model is None:
         raise PlanRefused(
-            f"{chip.name}: its number in Qualcomm's SDK is not known, so nothing can be compiled for it"
+            f"{chip.name}: its number in Qualcomm's SDK is not known, so nothing can be compiled for it",
+            "hexagon-known",
         )
     if scheme is not None and not takes(found.arch, "routes", route(scheme)):
         raise PlanRefused(
             f"{scheme.name} cannot run on the NPU of {chip.name} ({found.arch}): {reason('routes', route(scheme))}; "
-            "use w8a16 or w4a16"
+            "use w8a16 or w4a16",
+            "hexagon-fp16",
         )
     return qnn.Chip(found.soc_model, found.arch)
 
@@ -87,14 +90,26 @@ def binary_bytes(
     arch: Architecture, schemes: Mapping[str, Scheme], layers: range | None = None, head: bool = True
 ) -> int:
     """What a context binary with these layers, and the head or not, will take on disk."""
-    layers = range(arch.layers) if layers is None else layers
+    return _binary(_stored(arch, schemes), range(arch.layers) if layers is None else layers, head)
+
+
+def _binary(stored: Sequence[int], layers: range, head: bool) -> int:
+    """The same, of the bytes that each layer stores, and last the head."""
     figures = table()["binary"]
-    stored = sum(
-        stored_bytes(schemes[name], shape)
-        for name, shape in arch.matrices()
-        if _layer(name) in layers or (head and name == ("embedding" if arch.tied else "head"))
-    )
-    return int(figures["overhead"] + figures["per_layer"] * len(layers) + figures["factor"] * stored)
+    held = sum(stored[layers.start : layers.stop]) + (stored[-1] if head else 0)
+    return int(figures["overhead"] + figures["per_layer"] * len(layers) + figures["factor"] * held)
+
+
+def _stored(arch: Architecture, schemes: Mapping[str, Scheme]) -> list[int]:
+    """Bytes of each layer's matrices on the NPU, and last of the head."""
+    found = [0] * (arch.layers + 1)
+    for name, shape in arch.matrices():
+        layer = _layer(name)
+        if layer is not None:
+            found[layer] += stored_bytes(schemes[name], shape)
+        elif name == ("embedding" if arch.tied else "head"):
+            found[-1] += stored_bytes(schemes[name], shape)
+    return found
 
 
 def stored_bytes(scheme: Scheme, shape: tuple[int, int]) -> int:
@@ -120,32 +135,30 @@ def split(arch: Architecture, schemes: Mapping[str, Scheme], forbidden: bool = F
     """
     limits = table()["limits"]
     most = int(limits["full"] * limits["graph_bytes"])
-    whole = binary_bytes(arch, schemes)
+    stored = _stored(arch, schemes)
+    whole = _binary(stored, range(arch.layers), True)
     if forbidden:
         if whole > most:
             raise PlanRefused(
                 f"one graph would be {whole / 1e9:.1f} GB, and the NPU takes {most / 1e9:.1f}: allow it to be split, "
-                "or quantize to fewer bits"
+                "or quantize to fewer bits",
+                "hexagon-graph-bytes",
             )
         return (range(arch.layers),)
     figures = table()["compile"][common_route(schemes.values())]
     laptop = int((limits["compile_bytes"] - figures["overhead"]) / figures["factor"])
-    sizes = _layer_sizes(arch, schemes)
+    last = arch.layers - 1  # the head is counted with it
+    sizes = [_binary(stored, range(i, i + 1), i == last) for i in range(arch.layers)]
     aim = min(most, max(laptop, *sizes))
     for count in range(max(1, whole // aim), arch.layers + 1):
         parts = _balanced(sizes, count)
-        if max(binary_bytes(arch, schemes, part, part.stop == arch.layers) for part in parts) <= aim:
+        if max(_binary(stored, part, part.stop == arch.layers) for part in parts) <= aim:
             return parts
     raise PlanRefused(
         f"a layer alone, or the last with the head, is larger than the {most / 1e9:.1f} GB that the NPU takes: "
-        "quantize to fewer bits"
+        "quantize to fewer bits",
+        "hexagon-graph-bytes",
     )
-
-
-def _layer_sizes(arch: Architecture, schemes: Mapping[str, Scheme]) -> list[int]:
-    """What a binary of each layer alone would take, the head counted with the last."""
-    last = arch.layers - 1
-    return [binary_bytes(arch, schemes, range(i, i + 1), head=i == last) for i in range(arch.layers)]
 
 
 def _balanced(sizes: Sequence[int], count: int) -> tuple[range, ...]:

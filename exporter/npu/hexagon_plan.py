@@ -11,6 +11,7 @@ from exporter.errors import PlanRefused, UsageError
 from exporter.npu import hexagon
 from exporter.quantization.calibration import text_name
 from exporter.quantization.scheme import Scheme
+from exporter.routes import choice
 from profiles import Chip, Device
 from runtimes.bundle import Choice
 from runtimes.report import amount
@@ -53,7 +54,7 @@ class Compilation:
         """The decisions with their reasons."""
         named = [f"{chip.id} ({hexagon.npu(chip).arch})" for chip in self.chips]
         why = "a binary is for one chip; other phones take the CPU's variant"
-        yield Choice(topic="chips", value=", ".join(named), reason=why)
+        yield choice("chips", ", ".join(named), "hexagon-chip", reason=why)
         sizes = [hexagon.binary_bytes(arch, schemes, part, part.stop == arch.layers) for part in self.parts]
         limit = amount(hexagon.table()["limits"]["graph_bytes"], "bytes")
         memory = amount(hexagon.compile_bytes(max(sizes), self.route), "bytes")
@@ -61,14 +62,15 @@ class Compilation:
         why += f"predicted sizes: {', '.join(amount(s, 'bytes') for s in sizes)}"
         if len(self.parts) > 1:
             why += f"; layers {', '.join(f'{part.start}-{part.stop - 1}' for part in self.parts)}"
-        yield Choice(topic="graphs", value=f"{len(self.parts)} for each entry point", reason=why)
+        value = f"{len(self.parts)} for each entry point"
+        yield choice("graphs", value, "hexagon-graph-bytes", reason=why)
         if self.route == hexagon.QUANTIZED:
             why = "the range of each activation is found on it before, in Korean, English and code, or for pepper on "
             why += "what it was trained on; the KV cache has 8 bits"
-            yield Choice(topic="calibration", value=text_name(self.calibration), reason=why)
+            yield choice("calibration", text_name(self.calibration), "calibration", reason=why)
         if self.wishes.allow_cpu_ops:
             why = "as asked for: operations that the NPU does not take may run on the CPU"
-            yield Choice(topic="CPU operations", value="allowed", reason=why)
+            yield choice("CPU operations", "allowed", "asked", reason=why)
 
 
 def compilation(

@@ -39,8 +39,9 @@ def test_each_figure_has_a_source(file: Path) -> None:
     sourced = [key for key, table in tables(content) if "source" in table]
     for key, table in tables(content):
         if has_figure(table):
-            # A list of clusters or of shares is sourced by the table that holds the list.
-            assert key in sourced or key.rpartition(".")[0] in sourced, f"{file}: [{key}] names no source"
+            # A list of clusters or of shares is sourced by the table that holds the list, a config by its model.
+            above = {key, key.rpartition(".")[0], *([".models"] if key.startswith(".models.config") else [])}
+            assert above & set(sourced), f"{file}: [{key}] names no source"
     assert "source" not in content, "a source of the whole file would be a source of nothing"
     for _, table in tables(content):
         source = table.get("source", "https://")
@@ -198,12 +199,16 @@ def test_the_exported_names() -> None:
         "AmbiguousDevice",
         "Chip",
         "Device",
+        "KnownModel",
         "Observation",
         "ProfileError",
         "UnknownDevice",
+        "UnknownModel",
         "chips",
         "devices",
         "find",
+        "find_model",
+        "models",
         "observations",
         "search",
     ]
