@@ -139,6 +139,7 @@ class Plan:
             **self.fingerprint(),
             "choices": [choice.model_dump(mode="json") for choice in self.choices],
             "prediction": rows,
+            "not_predicted": dict(self.prediction.unknown),
             "memory_budget_bytes": memory_budget(self.device),
             "warnings": list(self.warnings),
         }
@@ -196,7 +197,13 @@ def make_plan(
     offers = chosen_delegate.schemes if chosen_delegate else form.schemes
     by_quality = tuple(sorted(offers, key=lambda name: -parse_scheme(name).bits))
     engine = "qnn" if HEXAGON in delegates else form.engine
-    form = replace(form, engine=engine, fit=_fit(form, delegates), schemes=by_quality)
+    form = replace(
+        form,
+        engine=engine,
+        fit=_fit(form, delegates),
+        schemes=by_quality,
+        backend=chosen_delegate.backend if chosen_delegate else None,
+    )
     if wishes not in (None, Wishes()) and HEXAGON not in delegates:
         raise UsageError("--chips, --no-split and --allow-cpu-ops are for --delegate hexagon")
     if context is not None and context % form.block:
@@ -369,12 +376,12 @@ def _ladder(
     """One candidate for each context."""
     decisions = recipe.resolve(arch, form.fit)
     decoder = _decoder(arch, decisions)
-    bandwidth = device.soc.bandwidth_bytes_per_s if device else None
+    chip = device.soc if device else None
+    where: dict[str, Any] = {"engine": form.engine, "backend": form.backend}
+    if chip:
+        where |= {"bandwidth": chip.bandwidth_bytes_per_s, "chip": chip.id}
     return [
-        _Candidate(
-            recipe, decisions, context, predict(decoder, context, engine=form.engine, bandwidth=bandwidth)
-        )
-        for context in contexts
+        _Candidate(recipe, decisions, context, predict(decoder, context, **where)) for context in contexts
     ]
 
 

@@ -101,7 +101,7 @@ class Estimate:
 class Prediction:
     """All figures for one decoder, context and engine. `first` is the time to the first token, `resident` the memory
     as publishers count it, mapped files included; they and `decode` are None where nothing tells, and `unknown` says
-    why, a sentence each."""
+    of which speed and why."""
 
     file: Estimate
     memory: Estimate
@@ -110,7 +110,7 @@ class Prediction:
     decode: Estimate | None
     first: Estimate | None = None
     resident: Estimate | None = None
-    unknown: tuple[str, ...] = ()
+    unknown: tuple[tuple[str, str], ...] = ()
 
     def rows(self) -> Iterator[Estimate]:
         """The figures in the order in which they are shown."""
@@ -175,16 +175,20 @@ def _setting(
 
 def _unknown(
     engine: str, at: Setting, bandwidth: float | None, decode: Estimate | None, first: Estimate | None
-) -> Iterator[str]:
+) -> Iterator[tuple[str, str]]:
+    unit = at.backend.upper()
     if bandwidth is None:
-        yield "speeds are not predicted: the memory's bandwidth is not known"
-    elif decode is None:
-        yield f"decoding is not predicted: no engine's speed on an {at.backend.upper()} was published"
-    if bandwidth is not None and first is None:
+        why = "the bandwidth of this chip's memory is not known"
+        yield from (("first token", why), ("decode", why))
+        return
+    if first is None:
         yield (
-            f"the time to the first token is not predicted: no prompt speed of {engine} on this chip's "
-            f"{at.backend.upper()} was published, and it does not follow from other chips'; gochu bench measures it"
+            "first token",
+            f"no prompt speed of {engine} on this chip's {unit} was published, and it does not follow from other "
+            "chips': gochu bench measures it",
         )
+    if decode is None:
+        yield "decode", f"no engine's speed on any {unit} was published"
 
 
 def _file(decoder: Decoder, costs: dict[str, Any], context: int) -> Estimate:
