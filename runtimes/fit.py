@@ -197,7 +197,7 @@ def leave_one_out(quantity: Quantity) -> list[Left]:
     """
     left = Fit(quantity, shipped_rows(quantity)).leave_one_out()
     width = _width(left)
-    return [replace(each, within=(each.deviations or 0) <= width) for each in left]
+    return [replace(each, within=each.deviations is not None and each.deviations <= width) for each in left]
 
 
 def shipped_rows(quantity: Quantity) -> list[Row]:

@@ -149,7 +149,7 @@ def predict(
     file = _file(decoder, costs, context)
     prompt = min(prompt, context)
     decode = _decode(streamed.value, decoder.layers, at, bandwidth) if bandwidth else None
-    first = _first(decoder, prompt, at, bandwidth) if bandwidth else None
+    first = _first(decoder, prompt, at, bandwidth, decode) if bandwidth else None
     return Prediction(
         file=file,
         memory=_memory(decoder, costs, context),
@@ -283,21 +283,25 @@ def _decode(nbytes: float, layers: int, at: Setting, bandwidth: float) -> Estima
     return Estimate("decode", "tokens/s", expected, explain, slow, fast)
 
 
-def _first(decoder: Decoder, prompt: int, at: Setting, bandwidth: float) -> Estimate | None:
-    """Arithmetic only: two operations for each weight of the layers and token; the head sees the last token alone."""
+def _first(
+    decoder: Decoder, prompt: int, at: Setting, bandwidth: float, decode: Estimate | None
+) -> Estimate | None:
+    """Two operations for each weight of the layers and token, the head seeing the last token alone; but a prompt
+    takes no less than a token of the answer, which reads the same weights."""
     vocabulary = {weight.shape[0] for weight in decoder.weights if weight.looked_up}
     layers = [each for each in _multiplied(decoder.weights) if each.shape[0] not in vocabulary]
     operations = 2 * sum(weight.shape[0] * weight.shape[1] for weight in layers)
     found = guess("prefill", at, operations / bandwidth, 0)
     if found is None:
         return None
-    explain = (
-        f"{prompt} tokens x {operations / 1e9:.3g} GOP / {operations / found.value / 1e9:.3g} GOP/s; "
-        f"{_basis(found, at)}"
-    )
-    return Estimate(
-        "first token", "s", prompt * found.value, explain, prompt * found.low, prompt * found.high
-    )
+    value, low, high = (prompt * seconds for seconds in (found.value, found.low, found.high))
+    if decode and decode.low and decode.high and value < 1 / decode.value:
+        value, low, high = 1 / decode.value, 1 / decode.high, 1 / decode.low
+        explain = f"{prompt} tokens take less arithmetic than reading the weights takes: as long as a token of the answer"
+    else:
+        rate = f"{operations / found.value / 1e9:.3g}"
+        explain = f"{prompt} tokens x {operations / 1e9:.3g} GOP / {rate} GOP/s"
+    return Estimate("first token", "s", value, f"{explain}; {_basis(found, at)}", low, high)
 
 
 def _resident(decoder: Decoder, file: float, prompt: int, at: Setting) -> Estimate | None:
