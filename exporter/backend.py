@@ -178,9 +178,9 @@ def _way(route: Route, arch: Architecture, asked: Asked, facts: Facts) -> Way | 
     offers = route.takes or (delegate.schemes if delegate else form.schemes)
     by_quality = tuple(sorted(offers, key=lambda name: -parse_scheme(name).bits))
     engine = "qnn" if HEXAGON in delegates else form.engine
-    return Way(
-        route, replace(form, engine=engine, fit=fitted, schemes=by_quality), delegates, recipes, standing
-    )
+    backend = delegate.backend if delegate else None
+    form = replace(form, engine=engine, fit=fitted, schemes=by_quality, backend=backend)
+    return Way(route, form, delegates, recipes, standing)
 
 
 def _offered(route: Route, arch: Architecture, asked: Asked) -> dict[Recipe, Planned | None]:

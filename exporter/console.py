@@ -80,6 +80,8 @@ def show_plan(name: str, plan: "Plan") -> None:
     table = _table("Prediction", "predicted", "", "how")
     for figure in plan.prediction.rows():
         table.add_row(figure.name, figure.text, figure.explain)
+    for name, why in plan.prediction.unknown:
+        table.add_row(name, "unknown", why)
     console.print(table)
     for warning in plan.warnings:
         console.print(f"[yellow]note:[/yellow] {warning}")

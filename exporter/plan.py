@@ -115,6 +115,7 @@ class Plan:
             **self.fingerprint(),
             "choices": [choice.model_dump(mode="json") for choice in self.choices],
             "prediction": rows,
+            "not_predicted": dict(self.prediction.unknown),
             "memory_budget_bytes": memory_budget(self.device),
             "warnings": list(self.warnings),
         }
@@ -273,9 +274,11 @@ def _candidate(
     planned: Planned | None = None,
 ) -> _Candidate:
     """What a recipe would need; its speed too if there is a device."""
-    bandwidth = device.soc.bandwidth_bytes_per_s if device else None
+    where: dict[str, Any] = {"engine": way.form.engine, "backend": way.form.backend}
+    if device:
+        where |= {"bandwidth": device.soc.bandwidth_bytes_per_s, "chip": device.soc.id}
     decisions, _ = _resolved(arch, recipe, way.form.name, way.delegates)
-    prediction = _predicted(arch, recipe, way.form.name, way.delegates, way.form.engine, context, bandwidth)
+    prediction = _predicted(arch, recipe, way.form.name, way.delegates, context, **where)
     return _Candidate(recipe, planned, decisions, context, prediction)
 
 
@@ -294,12 +297,11 @@ def _predicted(
     recipe: Recipe,
     form: str,
     delegates: tuple[str, ...],
-    engine: str,
     context: int,
-    bandwidth: float | None,
+    **where: Any,
 ) -> Prediction:
     _, decoder = _resolved(arch, recipe, form, delegates)
-    return predict(decoder, context, engine=engine, bandwidth=bandwidth)
+    return predict(decoder, context, **where)
 
 
 def _contexts(arch: Architecture, block: int) -> tuple[int, ...]:

@@ -19,9 +19,8 @@ from pydantic import ValidationError
 
 from runtimes import checksums, cpu, memory
 from runtimes.bundle import MANIFEST, TOKENIZER, Bundle, Strict, Variant, file_sha256
-from runtimes.engines import ENGINES, Engine, choose_variant, open_engine
+from runtimes.engines import Engine, choose_variant, import_library, open_engine
 from runtimes.errors import EngineError, GochuError, MissingExtra
-from runtimes.extras import require
 from runtimes.measurement import (
     Answer,
     Backend,
@@ -129,8 +128,7 @@ def run(job: Job, load: Callable[[Bundle], Engine] | None = None) -> Samples:
     """Do the measuring, in this process. It should be a fresh one. `load`: opens the engine in its own way."""
     bundle = Bundle.open(job.bundle)
     chosen, _ = choose_variant(bundle, job.variant)
-    entry = ENGINES[chosen.engine]
-    require(entry.library, entry.extra)  # what Python needs to import it is not the model's load time
+    import_library(chosen.engine)  # what that takes in time and memory is not the model's
     ids = prompt_ids(job.case.prompt_tokens, bundle.manifest.model.vocab)
     sleep(job.cool_down)
     idle = memory.anonymous()

@@ -1,9 +1,10 @@
 """What a decoder will need and how fast it will be, before anything is exported.
 
-Arithmetic over shapes, with the constants of each engine in `engines.toml`, where their sources are. Decoding
-reads every weight once per token, so its speed is the memory's (the memory side of the roofline,
-https://doi.org/10.1145/1498765.1498785). Reading a prompt is bound by arithmetic instead, and kernels for the
-same chip differ by a factor of ten there: its speed is measured (`gochu bench`), not predicted.
+Arithmetic over shapes. What each engine costs in memory and in the file was measured (`engines.toml`). Decoding reads
+every weight once per token, so its speed is the memory's (the memory side of the roofline,
+https://doi.org/10.1145/1498765.1498785), with constants that are fitted from published speeds (`runtimes.fitted`).
+Reading a prompt is bound by arithmetic instead, and kernels for the same chip differ by a factor of ten there: it is
+predicted only for a chip on which the engine's speed was published.
 """
 
 import tomllib
@@ -13,9 +14,13 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any, Literal
 
+from runtimes.fitted import COVERAGE, Guess, Setting, guess, workspace
+
 Kind = Literal["grouped", "channel", "table", "float16", "float32"]
+Backend = Literal["cpu", "gpu", "npu"]
 FLOAT, HALF = 4, 2  # bytes of a float32, a float16
 CONVERSATION = 512  # tokens in the KV cache for which decoding is predicted
+PROMPT = 128  # tokens of the prompt for which the time to the first token is predicted
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Estimate:
     """One predicted figure, how it was found (`explain`), and between which bounds it is expected."""
 
     name: str
-    unit: Literal["bytes", "tokens/s"]
+    unit: Literal["bytes", "tokens/s", "s"]
     value: float
     explain: str
     low: float | None = None
@@ -87,26 +92,30 @@ class Estimate:
     @property
     def text(self) -> str:
         """The value for a person, with its bounds."""
-        show, unit = (_size, "") if self.unit == "bytes" else (_rate, f" {self.unit}")
+        show, unit = {"bytes": (_size, ""), "s": (_time, ""), "tokens/s": (_rate, " tokens/s")}[self.unit]
         bounds = f" ({show(self.low)} to {show(self.high)})" if self.low and self.high else ""
         return f"{show(self.value)}{unit}{bounds}"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """All figures for one decoder, context and engine; `decode` is None where the bandwidth is unknown."""
+    """All figures for one decoder, context and engine. `first` is the time to the first token, `resident` the memory
+    as publishers count it, mapped files included; they and `decode` are None where nothing tells, and `unknown` says
+    of which speed and why."""
 
     file: Estimate
     memory: Estimate
     cache: Estimate
     streamed: Estimate
     decode: Estimate | None
+    first: Estimate | None = None
+    resident: Estimate | None = None
+    unknown: tuple[tuple[str, str], ...] = ()
 
     def rows(self) -> Iterator[Estimate]:
         """The figures in the order in which they are shown."""
-        yield from (self.file, self.memory, self.cache, self.streamed)
-        if self.decode:
-            yield self.decode
+        every = (self.file, self.memory, self.resident, self.cache, self.streamed, self.first, self.decode)
+        yield from (row for row in every if row)
 
     def figures(self) -> dict[str, float]:
         """Figure -> value; the unit is in the key, and _low and _high are its bounds."""
@@ -119,22 +128,67 @@ class Prediction:
 
 
 def predict(
-    decoder: Decoder, context: int, *, engine: str = "onnxruntime", bandwidth: float | None = None
+    decoder: Decoder,
+    context: int,
+    *,
+    engine: str = "onnxruntime",
+    bandwidth: float | None = None,
+    backend: Backend | None = None,
+    chip: str | None = None,
+    prompt: int = PROMPT,
 ) -> Prediction:
-    """Predict size, memory and decoding speed.
+    """Predict size, memory, the time to the first token and decoding speed.
 
     `context`: tokens that the KV cache holds; `bandwidth`: peak memory bandwidth in bytes/s, None if unknown;
-    `engine`: a table of `engines.toml` (KeyError otherwise).
+    `engine`: a table of `engines.toml` (KeyError otherwise); `backend`: what computes, None for the engine's usual;
+    `chip`: the id of its profile, for what was published of that very chip; `prompt`: tokens before the first.
     """
     costs = _engines()[engine]
-    streamed = _streamed(decoder, costs, min(context, CONVERSATION))
+    at = _setting(decoder, engine, costs, backend, chip)
+    streamed = _streamed(decoder, costs, context if costs["whole_cache"] else min(context, CONVERSATION))
+    file = _file(decoder, costs, context)
+    prompt = min(prompt, context)
+    decode = _decode(streamed.value, decoder.layers, at, bandwidth) if bandwidth else None
+    first = _first(decoder, prompt, at, bandwidth, decode) if bandwidth else None
     return Prediction(
-        file=_file(decoder, costs, context),
+        file=file,
         memory=_memory(decoder, costs, context),
         cache=_cache(decoder, costs, context),
         streamed=streamed,
-        decode=_decode(streamed.value, costs, bandwidth) if bandwidth else None,
+        decode=decode,
+        first=first,
+        resident=_resident(decoder, file.value, prompt, at),
+        unknown=tuple(_unknown(engine, at, bandwidth, decode, first)),
     )
+
+
+def _setting(
+    decoder: Decoder, engine: str, costs: dict[str, Any], backend: Backend | None, chip: str | None
+) -> Setting:
+    """How the published runs would call this: by the kernel that multiplies most of the weights."""
+    weight = dict.fromkeys(costs["kernels"].values(), 0)
+    for each in _multiplied(decoder.weights):
+        weight[costs["kernels"][each.kind]] += each.shape[0] * each.shape[1]
+    kernel = max(weight, key=lambda name: weight[name])
+    return Setting(costs.get("published", engine), backend or costs["backend"], kernel, chip)
+
+
+def _unknown(
+    engine: str, at: Setting, bandwidth: float | None, decode: Estimate | None, first: Estimate | None
+) -> Iterator[tuple[str, str]]:
+    unit = at.backend.upper()
+    if bandwidth is None:
+        why = "the bandwidth of this chip's memory is not known"
+        yield from (("first token", why), ("decode", why))
+        return
+    if first is None:
+        yield (
+            "first token",
+            f"no prompt speed of {engine} on this chip's {unit} was published, and it does not follow from other "
+            "chips': gochu bench measures it",
+        )
+    if decode is None:
+        yield "decode", f"no engine's speed on any {unit} was published"
 
 
 def _file(decoder: Decoder, costs: dict[str, Any], context: int) -> Estimate:
@@ -216,18 +270,65 @@ def _streamed(decoder: Decoder, costs: dict[str, Any], tokens: int) -> Estimate:
     return Estimate("read per token", "bytes", value, explain)
 
 
-def _decode(nbytes: float, costs: dict[str, Any], bandwidth: float) -> Estimate:
-    decode = costs["decode"]
-    slow, expected, fast = (
-        1 / (overhead + nbytes / (efficiency * bandwidth))
-        for efficiency, overhead in zip(decode["efficiency"], decode["overhead_s"], strict=True)
-    )
-    low, middle, high = (f"{efficiency:.0%}" for efficiency in decode["efficiency"])
+def _decode(nbytes: float, layers: int, at: Setting, bandwidth: float) -> Estimate | None:
+    found = guess("decode", at, nbytes / bandwidth, layers)
+    if found is None:
+        return None
+    limit = bandwidth / nbytes  # no token is faster than its bytes can be read
+    slow, expected, fast = (min(1 / seconds, limit) for seconds in (found.high, found.value, found.low))
     explain = (
-        f"1 / ({decode['overhead_s'][1] * 1e3:g} ms + {_size(nbytes)} / ({middle} of {_size(bandwidth)}/s)); "
-        f"published CPU speeds reach {low} to {high} of the bandwidth"
+        f"1 / ({layers} layers x {_time(found.overhead)} + {_size(nbytes)} / ({1 / found.rate:.0%} of "
+        f"{_size(bandwidth)}/s)); {_basis(found, at)}"
     )
     return Estimate("decode", "tokens/s", expected, explain, slow, fast)
+
+
+def _first(
+    decoder: Decoder, prompt: int, at: Setting, bandwidth: float, decode: Estimate | None
+) -> Estimate | None:
+    """Two operations for each weight of the layers and token, the head seeing the last token alone; but a prompt
+    takes no less than a token of the answer, which reads the same weights."""
+    vocabulary = {weight.shape[0] for weight in decoder.weights if weight.looked_up}
+    layers = [each for each in _multiplied(decoder.weights) if each.shape[0] not in vocabulary]
+    operations = 2 * sum(weight.shape[0] * weight.shape[1] for weight in layers)
+    found = guess("prefill", at, operations / bandwidth, 0)
+    if found is None:
+        return None
+    value, low, high = (prompt * seconds for seconds in (found.value, found.low, found.high))
+    if decode and decode.low and decode.high and value < 1 / decode.value:
+        value, low, high = 1 / decode.value, 1 / decode.high, 1 / decode.low
+        explain = f"{prompt} tokens take less arithmetic than reading the weights: as long as a token of the answer"
+    else:
+        rate = f"{operations / found.value / 1e9:.3g}"
+        explain = f"{prompt} tokens x {operations / 1e9:.3g} GOP / {rate} GOP/s"
+    return Estimate("first token", "s", value, f"{explain}; {_basis(found, at)}", low, high)
+
+
+def _resident(decoder: Decoder, file: float, prompt: int, at: Setting) -> Estimate | None:
+    values = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim
+    extra = workspace(values, decoder.hidden, decoder.ffn, prompt)
+    found = guess("memory", at, file, extra)
+    if found is None:
+        return None
+    explain = (
+        f"{found.rate:.2f} x the file of {_size(file)} + {found.overhead:.2f} x {_size(extra)} of cache, activations "
+        f"and process: as those count it who published it, most with the pages of mapped files; {_basis(found, at)}"
+    )
+    return Estimate("resident memory", "bytes", found.value, explain, found.low, found.high)
+
+
+def _basis(found: Guess, at: Setting) -> str:
+    """What a fitted figure rests on: the most special that was measured."""
+    engine = f"{at.backend} {at.engine}"
+    if any(" on " in name for name in found.known):
+        what = f"fitted from published runs of {at.engine} on this chip"
+    elif engine in found.known:
+        what = f"fitted from published runs of {at.engine} on other chips"
+    else:
+        what = (
+            f"no speed of {at.engine} on a {at.backend.upper()} was published: the average of other engines"
+        )
+    return f"{what}; {COVERAGE:.0%} of such figures are between the bounds"
 
 
 def _multiplied(weights: Iterable[Weight]) -> list[Weight]:
@@ -257,6 +358,10 @@ def _engines() -> dict[str, Any]:
 
 def _size(nbytes: float) -> str:
     return f"{nbytes / 1e9:.3g} GB" if nbytes >= 999.5e6 else f"{nbytes / 1e6:.3g} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1e3:.3g} ms"
 
 
 def _rate(value: float) -> str:

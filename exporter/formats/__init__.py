@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from exporter.errors import RecipeError, UsageError
 from exporter.quantization.recipe import Fit
 from exporter.quantization.scheme import Scheme
+from runtimes.predict import Backend
 
 
 @dataclass(frozen=True)
 class Format:
     """`libraries`: what must be installed to write it, which `extra` brings. `schemes`: what is offered, the best
     first. `fit`: the nearest scheme that its products take, and why it differs ("" if it does not). `block`: the
-    context is a multiple of so many tokens."""
+    context is a multiple of so many tokens. `backend`: what computes, for a prediction; None: the engine's usual."""
 
     name: str
     engine: str
@@ -20,6 +21,7 @@ class Format:
     schemes: tuple[str, ...]
     fit: Fit
     block: int = 1
+    backend: Backend | None = None
 
 
 def _onnx(scheme: Scheme) -> tuple[Scheme, str]:
@@ -155,7 +157,7 @@ class Delegate:
     """What computes for an engine that hands that on. `title`: for a plan. `schemes`: what is planned, the first
     that is wanted; `fit`: as a format's. `any_length`: a run takes any number of tokens, otherwise one.
     `for_a_chip`: what is compiled runs on the device's chip alone (hexagon's own plan names its chips). `format`:
-    whose delegate it is."""
+    whose delegate it is. `backend`: what it computes on, for a prediction."""
 
     name: str
     title: str
@@ -164,6 +166,7 @@ class Delegate:
     any_length: bool = True
     for_a_chip: bool = False
     format: str = "executorch"
+    backend: Backend = "npu"
 
 
 XNNPACK = "xnnpack"
@@ -171,10 +174,23 @@ NEURAL_ENGINE, APPLE_GPU, HEXAGON = "ane", "gpu", "hexagon"
 DELEGATES = {
     delegate.name: delegate
     for delegate in (
-        Delegate(XNNPACK, "CPU (ExecuTorch, XNNPACK)", ("int8", "int4", "int4-g128"), _xnnpack),
-        Delegate("vulkan", "GPU (ExecuTorch, Vulkan)", ("int4", "int4-g128", "fp16"), _vulkan),
         Delegate(
-            "coreml", "Core ML (ExecuTorch)", ("int8", "int4", "int4-g128", "fp16"), _weights_only, False
+            XNNPACK, "CPU (ExecuTorch, XNNPACK)", ("int8", "int4", "int4-g128"), _xnnpack, backend="cpu"
+        ),
+        Delegate(
+            "vulkan",
+            "GPU (ExecuTorch, Vulkan)",
+            ("int4", "int4-g128", "fp16"),
+            _vulkan,
+            backend="gpu",
+        ),
+        Delegate(
+            "coreml",
+            "Core ML (ExecuTorch)",
+            ("int8", "int4", "int4-g128", "fp16"),
+            _weights_only,
+            False,
+            backend="gpu",
         ),
         Delegate("qualcomm", "Hexagon NPU (ExecuTorch, QNN)", ("fp16",), _half, False, True),
         Delegate("mediatek", "APU (ExecuTorch, NeuroPilot)", ("fp16",), _half, False, True),
@@ -189,7 +205,12 @@ DELEGATES = {
             format="onnx",
         ),
         Delegate(
-            APPLE_GPU, "GPU (Core ML)", ("int8", "int4", "int4-g128", "fp16"), _core_ml_gpu, format="coreml"
+            APPLE_GPU,
+            "GPU (Core ML)",
+            ("int8", "int4", "int4-g128", "fp16"),
+            _core_ml_gpu,
+            format="coreml",
+            backend="gpu",
         ),
     )
 }

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from runtimes import cpu
 from runtimes.bundle import Bundle, Choice, Variant
 from runtimes.errors import BundleError, MissingExtra, UsageError
+from runtimes.extras import require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,11 +66,12 @@ class _Entry:
     library: str  # what must be importable
     extra: str  # which extra brings it
     fragile: bool = False  # a damaged file may end the process, so its bytes are checked first
+    prepare: str = ""  # the engine's function that imports what its library leaves for later
 
 
 ENGINES = {
     "onnxruntime": _Entry(library="onnxruntime", extra="run"),
-    "executorch": _Entry(library="executorch", extra="executorch", fragile=True),
+    "executorch": _Entry(library="executorch", extra="executorch", fragile=True, prepare="import_runtime"),
     "coreml": _Entry(library="coremltools", extra="coreml"),
     "qnn": _Entry(library="onnxruntime_qnn", extra="hexagon", fragile=True),
 }
@@ -151,6 +153,14 @@ def _hindrance(variant: Variant, on: str | None = None) -> BundleError | Missing
             f"install it with `pip install 'gochu[{entry.extra}]'`"
         )
     return None
+
+
+def import_library(engine: str) -> None:
+    """Import all that Python needs for an engine, whose time and memory are not a model's. Raises MissingExtra."""
+    entry = ENGINES[engine]
+    require(entry.library, entry.extra)
+    if entry.prepare:
+        getattr(importlib.import_module(f"runtimes.engines.{engine}"), entry.prepare)()
 
 
 def settle(variant: Variant, context: int | None, threads: int | None) -> tuple[int, int]:
