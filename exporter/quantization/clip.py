@@ -2,10 +2,10 @@
 
 What AWQ does after it has moved scales between weights and activations (Lin et al. 2023, arxiv.org/abs/2306.00978,
 github.com/mit-han-lab/llm-awq, auto_clip): the largest weights of a group may be clipped if its output then loses less.
-There the loss is measured on a sample of inputs x; here with what all of them add up to, since the mean of (e·x)² over a
-group's inputs is e H eᵀ for that group's block of the Hessian; and a few shares are enough, since for the integers q that
-one gives the best scale is q H wᵀ / q H qᵀ. Blocks off the diagonal, how the errors of groups add up, are left to GPTQ
-(`quantization.gptq`).
+There the loss is measured on a sample of inputs x; here with what all of them add up to, since the mean of (e·x)² over
+a group's inputs is e H eᵀ for that group's block of the Hessian; and a few shares are enough, since for the integers q
+that one gives the best scale is q H wᵀ / q H qᵀ. Blocks off the diagonal, how the errors of groups add up, are left to
+GPTQ (`quantization.gptq`).
 """
 
 import torch

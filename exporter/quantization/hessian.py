@@ -10,7 +10,7 @@ from torch import Tensor
 from exporter.checkpoint import Matrix
 from exporter.errors import RecipeError
 from exporter.quantization.rtn import Quantized
-from exporter.quantization.tensor import QuantizedTensor, pack4
+from exporter.quantization.tensor import QuantizedTensor, pack
 from exporter.safetensors import to_float32
 
 DAMPING = 0.01  # of the mean of the diagonal, as in GPTQ (arXiv 2210.17323): another text may use what this one did not
@@ -59,7 +59,7 @@ def found_by_rows(
         q, found = find(w, rounded, torch.from_numpy(scales[start:stop]))
         error = w - dequantized(q, found)
         biased = (q + 2 ** (scheme.bits - 1)).to(torch.uint8).numpy()
-        data[start:stop] = pack4(biased) if scheme.bits == 4 else biased
+        data[start:stop] = pack(biased, scheme.bits)
         scales[start:stop] = found.numpy()
         squared += float(error.square().sum())
         power += float(w.square().sum())

@@ -1,4 +1,4 @@
-"""Clipping on a Hessian: never worse than rounding within a group, near the best scale there is, and what it refuses."""
+"""Clipping on a Hessian: never worse than rounding within a group, near the best scale, and what it refuses."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from exporter.quantization.rtn import quantize_mse
 from exporter.quantization.scheme import parse_scheme
 from exporter.quantization.tensor import QuantizedTensor, round_scales
 
-SCHEMES = ["int4", "int4-g128", "int4-g16", "int8", "w4a16"]
+SCHEMES = ["int4", "int4-g128", "int4-g16", "int8", "w4a16", "int3-channel"]
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def losses(w: np.ndarray, tensor: QuantizedTensor, h: torch.Tensor) -> np.ndarra
 @given(
     st.integers(0, 10**6),
     st.sampled_from([(1, 32), (7, 64), (5, 256)]),
-    st.sampled_from(["int4", "int4-g16", "int8", "int8-channel"]),
+    st.sampled_from(["int4", "int4-g16", "int8", "int8-channel", "int3"]),
     st.sampled_from([2, 300]),
     st.integers(0, 20),
 )
