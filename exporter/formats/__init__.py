@@ -26,7 +26,7 @@ class Format:
 
 def _onnx(scheme: Scheme) -> tuple[Scheme, str]:
     """Floats, and integers with any scales; where ranges are static, the CPU multiplies floats by the same integers."""
-    _refuse_tables(scheme, "ONNX Runtime")
+    _refuse_unheld(scheme, "ONNX Runtime")
     return scheme, ""
 
 
@@ -35,7 +35,7 @@ def _xnnpack(scheme: Scheme) -> tuple[Scheme, str]:
 
     Source: pytorch/executorch, backends/xnnpack/operators/node_visitor.py (get_per_channel_dtype).
     """
-    _refuse_tables(scheme, "ExecuTorch")
+    _refuse_unheld(scheme, "ExecuTorch")
     _refuse_static(scheme, "XNNPACK")
     channel = Scheme(8, None, "int8")
     if scheme.bits == 16:
@@ -51,7 +51,7 @@ def _xnnpack(scheme: Scheme) -> tuple[Scheme, str]:
 
 def _vulkan(scheme: Scheme) -> tuple[Scheme, str]:
     """4 bits, floats; 8 bits only with activations of calibrated ranges (backends/vulkan/patterns)."""
-    _refuse_tables(scheme, "ExecuTorch")
+    _refuse_unheld(scheme, "ExecuTorch")
     _refuse_static(scheme, "ExecuTorch's Vulkan delegate")
     if scheme.bits == 8:
         raise RecipeError(
@@ -62,7 +62,7 @@ def _vulkan(scheme: Scheme) -> tuple[Scheme, str]:
 
 def _weights_only(scheme: Scheme) -> tuple[Scheme, str]:
     """Floats and integers; activations are not rounded."""
-    _refuse_tables(scheme, "ExecuTorch")
+    _refuse_unheld(scheme, "ExecuTorch")
     _refuse_static(scheme, "ExecuTorch")
     return replace(scheme, activations="float32"), ""
 
@@ -79,7 +79,7 @@ def _hexagon(scheme: Scheme) -> tuple[Scheme, str]:
 
     Source: onnxruntime-qnn 2.7.0, tried: exporter/npu/hexagon.toml.
     """
-    _refuse_tables(scheme, "QNN")
+    _refuse_unheld(scheme, "QNN")
     if scheme.bits == 32:
         raise RecipeError("the Hexagon NPU computes in float16: use fp16, or integers")
     if scheme.activations == "uint16":
@@ -89,10 +89,15 @@ def _hexagon(scheme: Scheme) -> tuple[Scheme, str]:
     return scheme, ""
 
 
-def _refuse_tables(scheme: Scheme, engine: str) -> None:
+def _refuse_unheld(scheme: Scheme, engine: str) -> None:
+    """Tables and 3 bits, where an engine has integers of 4 and 8 bits."""
     if scheme.table:
         raise RecipeError(
             f"{scheme.name} cannot be exported: {engine} has no lookup tables: use int4 or int8"
+        )
+    if scheme.bits == 3:
+        raise RecipeError(
+            f"{scheme.name} cannot be exported: {engine} has no 3-bit integers: use int4 or int8, or pal3 for Core ML"
         )
 
 
@@ -108,6 +113,10 @@ def _core_ml_gpu(scheme: Scheme) -> tuple[Scheme, str]:
     """Floats in 16 bits, integers in groups or per channel, tables: constexpr_* in iOS 18's operators."""
     if scheme.bits == 32:
         raise RecipeError("Core ML computes in float16: use fp16, or integers")
+    if scheme.is_integer and scheme.bits == 3:
+        raise RecipeError(
+            f"{scheme.name} cannot be exported: Core ML's integers have 4 or 8 bits: use pal3 (tables) or int4"
+        )
     _refuse_static(scheme, "Core ML")
     return replace(scheme, activations="float32"), ""
 

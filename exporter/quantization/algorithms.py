@@ -35,6 +35,12 @@ def _gptq(
     return quantize_gptq(matrix, scheme, hessian, act_order=act_order, sweeps=sweeps)
 
 
+def _clip(matrix: Matrix, scheme: Scheme, hessian: "Tensor") -> tuple[Quantized, str]:
+    from exporter.quantization.clip import quantize_clip
+
+    return quantize_clip(matrix, scheme, hessian)
+
+
 def _kmeans_hessian(matrix: Matrix, scheme: Scheme, hessian: "Tensor") -> tuple[Quantized, str]:
     from exporter.quantization.hessian import importance
 
@@ -50,6 +56,11 @@ ALGORITHMS = {
     "hqq": Algorithm(
         "the nearest integers, at scales for an error in which outliers count less (HQQ, Badri and Shaji 2023)",
         quantize_hqq,
+    ),
+    "clip": Algorithm(
+        "the nearest integers, at the scales of least error on the calibration text's activations, group by group (as "
+        "AWQ clips, Lin et al. 2023, arXiv 2306.00978)",
+        from_hessian=_clip,
     ),
     "gptq": Algorithm(
         "each weight's rounding error is made up for by those rounded after it, as the calibration text's activations "

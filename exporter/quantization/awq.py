@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from exporter.checkpoint import Matrix, matrix_of
 from exporter.quantization.algorithms import DEFAULT, find_algorithm
 from exporter.quantization.folding import Linears, balanced
-from exporter.quantization.gptq import output_error
-from exporter.quantization.hessian import refuse_not_finite
+from exporter.quantization.hessian import output_error, refuse_not_finite
 from exporter.safetensors import to_float32
 
 POWERS = tuple(i / 20 for i in range(20))

@@ -17,15 +17,20 @@ from torch import Tensor
 from exporter.checkpoint import Matrix
 from exporter.errors import RecipeError
 from exporter.quantization.descent import descend
-from exporter.quantization.hessian import DAMPING, mean_square, refuse_not_finite
+from exporter.quantization.hessian import (
+    DAMPING,
+    dequantized,
+    found_by_rows,
+    mean_square,
+    output_error,
+    refuse_not_finite,
+)
 from exporter.quantization.rtn import Quantized, mse_scales, quantize_mse
 from exporter.quantization.scheme import Scheme
-from exporter.quantization.tensor import QuantizedTensor, pack4
-from exporter.safetensors import to_float32
 
 DAMPINGS = (DAMPING, 0.1, 1.0)  # of the mean of H's diagonal, tried in this order
 BLOCK = 128  # inputs whose errors reach those behind them together; groups divide it or are its multiples
-_AT_ONCE = 1 << 23  # weights in memory as float32; outputs do not depend on each other
+_AT_ONCE = 1 << 23  # weights in memory as float32
 
 
 @torch.no_grad()
@@ -42,32 +47,19 @@ def quantize_gptq(
     nearest, _, _ = quantize_mse(matrix, scheme)  # which refuses weights that the scheme cannot hold
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
     factor, note = _factor(matrix.name, hessian if order is None else hessian[order][:, order])
-    outputs, inputs = matrix.shape
-    squared = power = worst = 0.0
-    data, scales = nearest.data, nearest.scales
-    assert scales is not None, "floats and tables have no Hessian to follow"
-    step = max(1, _AT_ONCE // inputs)
-    for start in range(0, outputs, step):
-        stop = min(start + step, outputs)
-        w = torch.tensor(to_float32(matrix.rows(start, stop)))
-        q, found = _feed_back(w, factor, scheme, order)
+
+    def find(w: Tensor, rounded: Tensor, their_scales: Tensor) -> tuple[Tensor, Tensor]:
+        q, scales = _feed_back(w, factor, scheme, order)
         if sweeps:
-            across = w.T.contiguous()
-            descend(across, q, found, hessian, 2 ** (scheme.bits - 1) - 1, sweeps)
-        q, found = q.T, found.T
-        error = w - (q.reshape(*found.shape, -1) * found[..., None]).reshape(w.shape)
-        plain = w - torch.from_numpy(nearest.dequantize(start, stop))
-        better = output_error(error, hessian) < output_error(plain, hessian)
-        error = torch.where(better[:, None], error, plain)
-        biased = (q + 2 ** (scheme.bits - 1)).to(torch.uint8).numpy()
-        chosen = better.numpy()
-        data[start:stop][chosen] = (pack4(biased) if scheme.bits == 4 else biased)[chosen]
-        scales[start:stop][chosen] = found.numpy()[chosen]
-        squared += float(error.square().sum())
-        power += float(w.square().sum())
-        worst = max(worst, float(error.abs().max()))
-    tensor = QuantizedTensor(matrix.name, scheme, matrix.shape, data, scales)
-    return (tensor, squared / power if power else float(worst > 0), worst), note
+            descend(w.T.contiguous(), q, scales, hessian, 2 ** (scheme.bits - 1) - 1, sweeps)
+        q, scales = q.T, scales.T
+        cost, plain = (
+            output_error(w - dequantized(*made), hessian) for made in ((q, scales), (rounded, their_scales))
+        )
+        better = (cost < plain)[:, None]
+        return torch.where(better, q, rounded), torch.where(better, scales, their_scales)
+
+    return found_by_rows(matrix, nearest, find, _AT_ONCE), note
 
 
 def _factor(name: str, hessian: Tensor) -> tuple[Tensor, str]:
@@ -123,8 +115,3 @@ def _feed_back(w: Tensor, factor: Tensor, scheme: Scheme, order: Tensor | None) 
     if order is not None:
         q[order] = q.clone()
     return q, scales
-
-
-def output_error(error: Tensor, hessian: Tensor) -> Tensor:
-    """Each output's mean squared error on the inputs: e H eᵀ, [outputs]."""
-    return (error @ hessian).mul_(error).sum(1)

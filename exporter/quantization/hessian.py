@@ -1,11 +1,17 @@
 """What algorithms share that follow the Hessian of a weight's inputs: the mean of x xᵀ on a calibration text."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from exporter.checkpoint import Matrix
 from exporter.errors import RecipeError
+from exporter.quantization.rtn import Quantized
+from exporter.quantization.tensor import QuantizedTensor, pack
+from exporter.safetensors import to_float32
 
 DAMPING = 0.01  # of the mean of the diagonal, as in GPTQ (arXiv 2210.17323): another text may use what this one did not
 
@@ -33,3 +39,45 @@ def importance(name: str, hessian: Tensor) -> NDArray[np.float64]:
     refuse_not_finite(name, hessian)
     damped = hessian.diagonal().double() + DAMPING * mean_square(hessian)
     return (damped / damped.mean()).numpy()
+
+
+def found_by_rows(
+    matrix: Matrix,
+    nearest: QuantizedTensor,
+    find: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    at_once: int,
+) -> Quantized:
+    """What `find` makes of some rows at a time, `at_once` weights: outputs do not depend on each other.
+
+    `find` is given weights and their nearest integers [rows, inputs] and those integers' scales [rows, groups], all
+    float32, and gives integers and scales for them. `nearest` is overwritten.
+    """
+    outputs, inputs = matrix.shape
+    scheme, data, scales = nearest.scheme, nearest.data, nearest.scales
+    assert scales is not None, "floats and tables are not found so"
+    squared = power = worst = 0.0
+    step = max(1, at_once // inputs)
+    for start in range(0, outputs, step):
+        stop = min(start + step, outputs)
+        w = torch.tensor(to_float32(matrix.rows(start, stop)))
+        rounded = torch.from_numpy(nearest.integers(start, stop)).float()
+        q, found = find(w, rounded, torch.from_numpy(scales[start:stop]))
+        error = w - dequantized(q, found)
+        biased = (q + 2 ** (scheme.bits - 1)).to(torch.uint8).numpy()
+        data[start:stop] = pack(biased, scheme.bits)
+        scales[start:stop] = found.numpy()
+        squared += float(error.square().sum())
+        power += float(w.square().sum())
+        worst = max(worst, float(error.abs().max()))
+    tensor = QuantizedTensor(matrix.name, scheme, matrix.shape, data, scales)
+    return tensor, squared / power if power else float(worst > 0), worst
+
+
+def dequantized(q: Tensor, scales: Tensor) -> Tensor:
+    """Integers [rows, inputs] times their groups' scales [rows, groups]."""
+    return (q.reshape(*scales.shape, -1) * scales[..., None]).reshape(q.shape)
+
+
+def output_error(error: Tensor, hessian: Tensor) -> Tensor:
+    """Each output's mean squared error on the inputs: e H eᵀ, [outputs]."""
+    return (error @ hessian).mul_(error).sum(1)

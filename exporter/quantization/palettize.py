@@ -19,7 +19,7 @@ from exporter.errors import RecipeError
 from exporter.quantization.kmeans import cluster
 from exporter.quantization.rtn import Quantized, not_finite
 from exporter.quantization.scheme import Scheme
-from exporter.quantization.tensor import QuantizedTensor, pack4
+from exporter.quantization.tensor import QuantizedTensor, pack, width
 from exporter.quantization.threads import threads
 from exporter.safetensors import to_float32
 
@@ -43,7 +43,7 @@ def quantize_kmeans(matrix: Matrix, scheme: Scheme, importance: Floats | None = 
     """
     outputs, inputs = matrix.shape
     tables = np.empty((outputs // scheme.group if scheme.group else 1, 2**scheme.bits), np.float32)
-    data = np.empty((outputs, (inputs + 1) // 2 if scheme.bits == 4 else inputs), np.uint8)
+    data = np.empty((outputs, width(inputs, scheme.bits)), np.uint8)
     rows = scheme.group or max(1, _BLOCK // inputs)
     step = rows * max(1, _BLOCK // (rows * inputs))
     if not scheme.group:
@@ -58,7 +58,7 @@ def quantize_kmeans(matrix: Matrix, scheme: Scheme, importance: Floats | None = 
             tables[start // scheme.group] = _table(_histogram(matrix.name, stored, importance), scheme.bits)
         table, weights = tables[start // (scheme.group or outputs)], to_float32(stored)
         indices = nearest(weights, table)
-        data[start : start + len(stored)] = pack4(indices) if scheme.bits == 4 else indices
+        data[start : start + len(stored)] = pack(indices, scheme.bits)
         return _figures(weights, table[indices])
 
     squared, power, worst = _total(threads().map(block, range(0, outputs, step)))

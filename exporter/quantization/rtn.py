@@ -17,15 +17,22 @@ from numpy.typing import NDArray
 from exporter.checkpoint import Matrix
 from exporter.errors import CheckpointError, RecipeError
 from exporter.quantization.scheme import Scheme
-from exporter.quantization.tensor import LARGEST_SCALE, QuantizedTensor, pack4, round_scales
+from exporter.quantization.tensor import LARGEST_SCALE, QuantizedTensor, pack, round_scales, width
 from exporter.quantization.threads import threads
 from exporter.safetensors import to_float32
 
 Quantized = tuple[QuantizedTensor, float, float]  # with its relative squared error and largest error
 _BLOCK = 1 << 19  # weights at a time: smaller blocks wait for the interpreter, larger ones for memory
 _TRIALS = (1.05, 0.98, 0.92, 0.87, 0.82, 0.76, 0.70)  # starting scales, in absmax / largest integer
-_MORE_TRIALS = (0.64, 0.58, 0.52, 0.46, 0.40, 0.34)  # for large groups: the largest of many is far out
-_LARGE = 256
+_MORE_TRIALS = (
+    0.64,
+    0.58,
+    0.52,
+    0.46,
+    0.40,
+    0.34,
+)  # where the largest is far out: it is of many, or steps are large
+_LARGE, _FEW = 256, 7
 
 
 def quantize_mse(matrix: Matrix, scheme: Scheme) -> Quantized:
@@ -55,7 +62,7 @@ def quantize_absmax(matrix: Matrix, scheme: Scheme) -> Quantized:
 
 def least_error(scheme: Scheme) -> Callable[..., NDArray[np.float32]]:
     """How the scales of least squared error are chosen; of 8 bits absmax's are as good."""
-    return _search if scheme.bits == 4 else _absmax
+    return _absmax if scheme.bits == 8 else _search
 
 
 def quantize_nearest(matrix: Matrix, scheme: Scheme, choose: Callable[..., NDArray[np.float32]]) -> Quantized:
@@ -67,7 +74,7 @@ def quantize_nearest(matrix: Matrix, scheme: Scheme, choose: Callable[..., NDArr
     outputs, inputs = matrix.shape
     if scheme.is_integer:
         groups = inputs // scheme.group if scheme.group else 1
-        data = np.empty((outputs, inputs * scheme.bits // 8), np.uint8)
+        data = np.empty((outputs, width(inputs, scheme.bits)), np.uint8)
         scales: NDArray[np.float32] | None = np.empty((outputs, groups), np.float32)
     else:
         data, scales = np.empty(matrix.shape, np.float16 if scheme.bits == 16 else np.float32), None
@@ -146,7 +153,7 @@ def _round(
     )
     q -= low
     biased = np.ascontiguousarray(q.astype(np.uint8).T).reshape(rows, inputs)
-    return pack4(biased) if scheme.bits == 4 else biased, scales.reshape(rows, -1), figures
+    return pack(biased, scheme.bits), scales.reshape(rows, -1), figures
 
 
 def rounded(
@@ -166,7 +173,8 @@ def _search(w: NDArray[np.float32], absmax: NDArray[np.float32], low: int, high:
     """Scales [n] of least squared error for groups [group, n]; see the module's text."""
     best = round_scales(absmax / np.float32(high))
     explained = np.full_like(absmax, -1)
-    for trial in _TRIALS if len(w) <= _LARGE else (*_TRIALS, *_MORE_TRIALS):
+    far_out = len(w) > _LARGE or high < _FEW
+    for trial in (*_TRIALS, *_MORE_TRIALS) if far_out else _TRIALS:
         q = rounded(w, np.maximum(absmax * np.float32(trial / high), 1e-30), low, high, _scratch(1, w.shape))
         qw = np.einsum("ij,ij->j", q, w)
         qq = np.einsum("ij,ij->j", q, q)

@@ -6,12 +6,13 @@ from typing import Literal
 
 from exporter.errors import RecipeError
 
-_INTEGERS = re.compile(r"int([48])(?:-g(\d+)|-(channel))?")
+_INTEGERS = re.compile(r"int([348])(?:-g(\d+)|-(channel))?")
 _STATIC = re.compile(r"w([48])a16(?:-g(\d+))?")
 _TABLE = re.compile(r"pal(\d)(?:-g(\d+))?")
 GROUPS = (16, 32, 64, 128, 256)
 STATIC_GROUPS = (32, 64, 128)
 TABLE_GROUPS = (4, 8, 16, 32, 64)
+_INTEGER_BITS: dict[str, Literal[3, 4, 8]] = {"3": 3, "4": 4, "8": 8}
 _TABLE_BITS: dict[str, Literal[2, 3, 4, 6, 8]] = {"2": 2, "3": 3, "4": 4, "6": 6, "8": 8}
 
 
@@ -26,6 +27,7 @@ class Scheme:
     `activations`: how the values that meet this weight are rounded; "int8" is one scale per token and group,
     found as the model runs; "uint16" is one scale and zero point for each value of the graph, found before, on a
     calibration text (`quantization.ranges`).
+    3 bits: no format takes such integers yet; the quantization stage tells what they would lose.
     `table`: the weight is a lookup table's entry, one of 2^bits float16 numbers. A field and not a class of its
     own: what carries schemes about (recipes, decisions, manifests) need not know, and a format that has no tables
     refuses them once, where it fits schemes.
@@ -38,7 +40,7 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """fp32, fp16, int8, int4, int4-g128, int8-channel, w8a16, w4a16, w4a16-g32, pal4, pal4-g16, ..."""
+        """fp32, fp16, int8, int4, int4-g128, int3, int8-channel, w8a16, w4a16, w4a16-g32, pal4, pal4-g16, ..."""
         if self.table:
             return f"pal{self.bits}" if self.group is None else f"pal{self.bits}-g{self.group}"
         if self.is_float:
@@ -93,10 +95,10 @@ def parse_scheme(name: str) -> Scheme:
             return Scheme(_TABLE_BITS[bits], int(group) if group else None, table=True)
     if match := _INTEGERS.fullmatch(name):
         bits, group, channel = match.groups()
-        if channel and bits == "8":
-            return Scheme(8)
+        if channel and bits != "4":
+            return Scheme(_INTEGER_BITS[bits])
         if not channel and (group is None or int(group) in GROUPS):
-            return Scheme(4 if bits == "4" else 8, int(group or PORTABLE_GROUP), "int8")
+            return Scheme(_INTEGER_BITS[bits], int(group or PORTABLE_GROUP), "int8")
     if (match := _STATIC.fullmatch(name)) and name in STATIC_SCHEMES:
         bits, group = match.groups()
         return Scheme(4 if bits == "4" else 8, int(group) if group else None, "uint16")

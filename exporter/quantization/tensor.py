@@ -27,9 +27,9 @@ def round_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
 class QuantizedTensor:
     """A weight matrix of `shape` (outputs, inputs).
 
-    Integers: `data` uint8 [outputs, inputs·bits/8], each stored as q + 2^(bits-1), two 4-bit numbers per
-    byte, the lower half first; `scales` float32 [outputs, inputs/group] (or [outputs, 1] per channel);
-    the weight is q · scale. Tables: `data` uint8 [outputs, inputs], an index in each byte, but 4-bit ones packed as
+    Integers: `data` uint8, each stored as q + 2^(bits-1) in a byte, [outputs, inputs], but two 4-bit numbers per
+    byte, the lower half first, [outputs, inputs/2]; `scales` float32 [outputs, inputs/group] (or [outputs, 1] per
+    channel); the weight is q · scale. Tables: `data` uint8 [outputs, inputs], an index in each byte, but 4-bit ones packed as
     above, [outputs, ⌈inputs/2⌉]; `tables` float32 [groups, 2^bits], ascending, every entry exact in float16; the
     weight is the entry of its output's group. Floats: `data` float16 or float32 [outputs, inputs].
     """
@@ -51,9 +51,9 @@ class QuantizedTensor:
         rows = self.data[start:stop]
         if self.scheme.bits == 8:
             return (rows ^ 0x80).view(np.int8)
-        out = self._unpack4(rows).view(np.int8)
-        out -= 8
-        return out
+        if self.scheme.bits == 4:
+            rows = self._unpack4(rows)
+        return rows.view(np.int8) - np.int8(2 ** (self.scheme.bits - 1))
 
     def indices(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
         """Rows [start, stop) as indices into their groups' tables, uint8 [rows, inputs]."""
@@ -95,6 +95,16 @@ class QuantizedTensor:
             if part is not None:
                 state.update(np.ascontiguousarray(part).view(np.uint8).data)
         return state.hexdigest()
+
+
+def pack(numbers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Numbers of so many bits, uint8 [rows, inputs], as `QuantizedTensor.data` has them, [rows, width]."""
+    return pack4(numbers) if bits == 4 else numbers
+
+
+def width(inputs: int, bits: int) -> int:
+    """Bytes of a row that `pack` gives."""
+    return (inputs + 1) // 2 if bits == 4 else inputs
 
 
 def pack4(numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:

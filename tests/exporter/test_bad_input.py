@@ -192,7 +192,7 @@ def test_ambiguous_device(folder, export_refused):
 
 
 def test_unknown_scheme(folder, refused, tmp_path):
-    refused(3, "there is no scheme 'int3'", "export", folder, "--scheme", "int3", "-o", tmp_path / "out")
+    refused(3, "there is no scheme 'int5'", "export", folder, "--scheme", "int5", "-o", tmp_path / "out")
 
 
 def test_unknown_algorithm(folder, export_refused):

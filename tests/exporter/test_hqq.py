@@ -16,7 +16,7 @@ from exporter.quantization.rtn import quantize_mse
 from exporter.quantization.scheme import parse_scheme
 from exporter.quantization.tensor import QuantizedTensor, round_scales
 
-SCHEMES = ["int4", "int4-g16", "int4-g128", "int8", "w4a16"]
+SCHEMES = ["int4", "int4-g16", "int4-g128", "int8", "w4a16", "int3"]
 
 
 def matrix(values: np.ndarray) -> Matrix:

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as nps
 
 from exporter.checkpoint import Matrix
 from exporter.errors import CheckpointError, RecipeError
+from exporter.formats import DELEGATES, FORMATS
 from exporter.quantization import rtn
 from exporter.quantization.recipe import Decision
 from exporter.quantization.scheme import Scheme, fit_scheme, parse_scheme
@@ -90,7 +91,7 @@ def test_pack_and_unpack(biased):
     np.testing.assert_array_equal(tensor.integers(), biased.astype(np.int8) - 8)
 
 
-SCHEMES = ["int4", "int4-g128", "int4-g16", "int8", "int8-g64", "int8-channel"]
+SCHEMES = ["int4", "int4-g128", "int4-g16", "int8", "int8-g64", "int8-channel", "int3", "int3-channel"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -127,16 +128,17 @@ def error_of(w: np.ndarray, q: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kind", ["normal", "heavy", "uniform"])
 @pytest.mark.parametrize("group", [16, 32, 128])
-def test_the_search_beats_absmax_and_is_near_the_best_there_is(kind, group):
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_search_beats_absmax_and_is_near_the_best_there_is(kind, group, bits):
     w = weights(16, 256, seed=group, kind=kind)
-    scheme = Scheme(4, group, "int8")
+    scheme, half = Scheme(bits, group, "int8"), 2 ** (bits - 1)
     searched = rtn.quantize_mse(matrix(w), scheme)[0].dequantize()
     plain = rtn.quantize_absmax(matrix(w), scheme)[0].dequantize()
     best = 0.0
     for values in w.reshape(-1, group).astype(np.float64):
         top = np.abs(values).max()
-        scales = GRID[(top / 14 <= GRID) & (top / 5 >= GRID)].astype(np.float64)
-        integers = np.clip(np.rint(values[None] / scales[:, None]), -8, 7)
+        scales = GRID[(top / (2 * half) <= GRID) & (top / (0.3 * half) >= GRID)].astype(np.float64)
+        integers = np.clip(np.rint(values[None] / scales[:, None]), -half, half - 1)
         best += ((values[None] - integers * scales[:, None]) ** 2).sum(1).min()
     assert best <= error_of(w, searched) <= 1.06 * best
     assert error_of(w, searched) < 0.95 * error_of(w, plain)
@@ -349,6 +351,9 @@ def test_any_weights_quantize_to_finite_numbers_with_true_figures(w, scheme):
         ("int4", Scheme(4, 32, "int8")),
         ("int4-g128", Scheme(4, 128, "int8")),
         ("int8-channel", Scheme(8)),
+        ("int3", Scheme(3, 32, "int8")),
+        ("int3-g128", Scheme(3, 128, "int8")),
+        ("int3-channel", Scheme(3)),
     ],
 )
 def test_scheme_names(name, scheme):
@@ -357,7 +362,7 @@ def test_scheme_names(name, scheme):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "int3", "int4-g7", "int4-g0", "int4-channel", "INT4", "int4 ", "fp8", "int4-g"]
+    "name", ["", "int5", "int3-g7", "int4-g7", "int4-g0", "int4-channel", "INT4", "int4 ", "fp8", "int4-g"]
 )
 def test_unknown_schemes_are_refused(name):
     with pytest.raises(RecipeError, match="use one of fp32, fp16, int8, int4, int4-g128"):
@@ -396,3 +401,26 @@ def test_bytes_are_those_of_the_arrays():
         tensor = rtn.quantize_absmax(matrix(weights(4, 256)), scheme)[0]
         arrays = [tensor.data, *([tensor.scales] if tensor.scales is not None else [])]
         assert scheme.nbytes((4, 256)) == tensor.nbytes == sum(array.nbytes for array in arrays)
+
+
+@given(nps.arrays(np.uint8, (3, 7), elements=st.integers(0, 7)), st.integers(0, 3), st.integers(0, 3))
+def test_3_bits_lie_in_a_byte_each_and_are_counted_as_3(biased, start, stop):
+    tensor = QuantizedTensor("w", Scheme(3), (3, 7), biased, np.full((3, 1), 0.5, np.float32))
+    np.testing.assert_array_equal(tensor.integers(start, stop), biased[start:stop].astype(np.int8) - 4)
+    np.testing.assert_array_equal(tensor.dequantize(), (biased.astype(np.float32) - 4) / 2)
+    assert tensor.nbytes == 8 + 3 * 4  # 63 bits, and the scales
+
+
+@pytest.mark.parametrize("scheme", ["int3", "int3-g128", "int3-channel"])
+def test_no_format_takes_3_bits_and_each_says_what_it_takes(scheme):
+    parsed = parse_scheme(scheme)
+    for format in (*FORMATS.values(), *DELEGATES.values()):
+        with pytest.raises(RecipeError, match=r": use (int4|pal3|fp16)|takes fp16 only") as refused:
+            format.fit(parsed)
+        assert str(refused.value).count("\n") == 0
+
+
+def test_each_bit_less_loses_more():
+    w = weights(32, 256, kind="heavy")
+    lost = [rtn.quantize_mse(matrix(w), parse_scheme(f"int{bits}"))[1] for bits in (8, 4, 3)]
+    assert 10 * lost[0] < lost[1] < 0.35 * lost[2]
