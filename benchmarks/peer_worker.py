@@ -58,6 +58,7 @@ def auto_round(model: Any, sequences: Any, bits: int, group: int | None) -> Call
         nsamples=len(sequences),
         batch_size=8,
         device_map="cpu",
+        enable_torch_compile=False,  # models this small never win back the minutes that compiling takes
     )
     return lambda: tuner.quantize()[0]
 

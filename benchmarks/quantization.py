@@ -77,10 +77,14 @@ def known(names: Sequence[str]) -> Iterator[tuple[str, Scheme]]:
             continue
 
 
-def algorithms(scheme: Scheme) -> list[str]:
+def algorithms(scheme: Scheme) -> Iterator[str]:
     """All that find what a scheme asks for."""
-    registry = TABLE_ALGORITHMS if scheme.table else ALGORITHMS
-    return [name for name in registry if find_algorithm(name, scheme)]
+    for name in TABLE_ALGORITHMS if scheme.table else ALGORITHMS:
+        try:
+            find_algorithm(name, scheme)
+        except RecipeError:
+            continue
+        yield name
 
 
 def recipe(weights: str, scheme: str, algorithm: str) -> Recipe:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -29,6 +30,40 @@ def test_training_is_reproducible(tokenizer) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = training.train(tokenizer, 1, TINY).state_dict()
     assert not torch.equal(first["model.norm.weight"], other["model.norm.weight"])
+
+
+def test_what_is_cut_off_goes_on_to_the_same_weights(tokenizer, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(training, "REPORTS", 1)
+    monkeypatch.setattr(training, "model_score", lambda *_: pytest.fail("nothing is asked before step 5"))
+    how, kept = training.Training(steps=3, batch=4, rounded_from=0.3), tmp_path / "kept"
+    wanted = training.train(tokenizer, 0, how, lambda line: None).state_dict()
+
+    def cut_off(line: str) -> None:
+        if "step 3/" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(tokenizer, 0, how, cut_off, kept=kept)
+    lines: list[str] = []
+    found = training.train(tokenizer, 0, how, lines.append, kept=kept).state_dict()
+    assert lines[0] == "goes on after step 2"
+    assert len(lines) == 2
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt):
+        training.train(tokenizer, 0, how, cut_off, kept=kept)
+    lines.clear()
+    training.train(tokenizer, 1, how, lines.append, kept=kept)  # another seed: what is kept is not for it
+    assert len(lines) == 3
+
+
+def test_whole_texts_are_learned_where_a_course_says_so(tokenizer) -> None:
+    whole = replace(training.PEPPER, answers_alone=False)
+    for tokens, targets in islice(training.batches(tokenizer, 0, 16, whole), 8):
+        for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
+            expected = [-100 if following == SPECIAL.index(PAD) else following for following in row[1:]]
+            assert wanted[:-1] == expected
+            assert wanted[-1] in (-100, SPECIAL.index(END))
 
 
 def test_the_loss_is_taken_on_the_answers_alone(tokenizer) -> None:
