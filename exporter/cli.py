@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exporter import cli_quality, cli_quantize, cli_report, cli_target
+from exporter import cli_fit, cli_quality, cli_quantize, cli_report, cli_target
 from exporter.errors import GochuError
 
 if TYPE_CHECKING:
@@ -289,7 +289,9 @@ def devices(
 
         console.show_device(device)
         return
-    found = profiles.search(" ".join(words), chip=chip, npu=npu, ram_at_least_gib=_gib(ram_at_least))
+    found = profiles.search(
+        " ".join(words), chip=chip, npu=npu, ram_at_least_gib=cli_fit.ram_gib(ram_at_least)
+    )
     if as_json:
         _print_json(
             [
@@ -311,20 +313,6 @@ def devices(
     from exporter import console
 
     console.show_devices(found)
-
-
-def _gib(size: str) -> float:
-    """The RAM that "8", "8GB" or "8 GiB" names: phones are sold by GB and have GiB."""
-    from exporter.errors import UsageError
-
-    number = size.upper().replace(" ", "").removesuffix("B").removesuffix("I").removesuffix("G")
-    try:
-        value = float(number or 0)
-    except ValueError:
-        value = -1
-    if not 0 <= value < float("inf"):
-        raise UsageError(f"{size!r} is no size of RAM; give one such as 8GB")
-    return value
 
 
 @app.command(
@@ -733,6 +721,7 @@ def _print_json(value: Any) -> None:
 cli_quantize.register(app)
 cli_report.register(app)
 cli_quality.register(app)
+cli_fit.register(app)
 
 
 def main() -> None:

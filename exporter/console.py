@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from exporter.fit import Cell
     from exporter.pepper.score import Score
     from exporter.pipeline import Progress as Report
     from exporter.plan import Plan
@@ -85,6 +86,31 @@ def show_plan(name: str, plan: "Plan") -> None:
     console.print(table)
     for warning in plan.warnings:
         console.print(f"[yellow]note:[/yellow] {warning}")
+
+
+def show_fit(cells: "Sequence[Cell]") -> None:
+    """What fits where, a line for each device, model and scheme."""
+    from exporter.fit import rows
+
+    columns = (
+        "device",
+        "model",
+        "scheme",
+        "fits?",
+        "backend",
+        "context",
+        "size",
+        "memory",
+        "tokens/s",
+        "why",
+    )
+    table = _table("", *columns)
+    colours = {"fits": "green", "tight": "yellow", "no": "red"}
+    for cell, row in zip(cells, rows(cells), strict=True):
+        *shown, why = map(escape, row)
+        shown[3] = f"[{colours[cell.verdict]}]{cell.verdict}[/]"
+        table.add_row(*shown, why)
+    console.print(table)
 
 
 def show_gate(gate: "Gate") -> None:

@@ -1,5 +1,6 @@
 """Which models fit on which devices, by which schemes: the planner asked for every pair, and its answers as a table."""
 
+import contextlib
 import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -90,16 +91,22 @@ def fit(
 ) -> tuple[Cell, ...]:
     """A cell for each device, model and scheme, in that order; every compiler counts as installed.
 
-    `schemes`: names, or "planned"; `context` in tokens, planned if None. RecipeError for a scheme that there is not.
+    `schemes`: names, or "planned"; one that is what is planned is left out beside it. `context` in tokens, planned if
+    None. RecipeError for a scheme that there is not.
     """
     for scheme in schemes:
         Asked(None if scheme == PLANNED else scheme).schemes()
-    return tuple(
-        _cell(device, name, arch, scheme, context)
-        for device in devices
-        for name, arch in models.items()
-        for scheme in schemes
-    )
+    found: list[Cell] = []
+    for device in devices:
+        for name, arch in models.items():
+            cells = [_cell(device, name, arch, scheme, context) for scheme in schemes]
+            planned = {(c.plan.scheme, c.backend()) for c in cells if c.plan and c.asked == PLANNED}
+            found += [
+                c
+                for c in cells
+                if c.asked == PLANNED or not c.plan or (c.plan.scheme, c.backend()) not in planned
+            ]
+    return tuple(found)
 
 
 def _cell(device: Device, name: str, arch: Architecture, scheme: str, context: int | None) -> Cell:
@@ -113,17 +120,6 @@ def _cell(device: Device, name: str, arch: Architecture, scheme: str, context: i
     (backend,) = (one for one in plan.choices if one.topic == "backend")
     needed = plan.prediction.memory.value
     return Cell(device, name, arch.parameters, scheme, plan, needed, backend.reason, ", ".join(backend.rules))
-
-
-def best(cells: Iterable[Cell]) -> dict[tuple[str, str], Cell]:
-    """For each device's id and model the cell that fits best: the first that does, else one that is tight, else any."""
-    order = ("fits", "tight", "no")
-    found: dict[tuple[str, str], Cell] = {}
-    for cell in cells:
-        key = cell.device.id, cell.model
-        if key not in found or order.index(cell.verdict) < order.index(found[key].verdict):
-            found[key] = cell
-    return found
 
 
 def find_devices(names: Sequence[str], listed: str = "") -> tuple[Device, ...]:
@@ -143,16 +139,11 @@ def find_devices(names: Sequence[str], listed: str = "") -> tuple[Device, ...]:
 
 
 def _first(parts: Sequence[str]) -> tuple[Device, int]:
-    """The device that the first part names, or the first two with the comma between them."""
-    try:
-        return profiles.find(parts[0]), 1
-    except UnknownDevice:
-        if len(parts) > 1:
-            try:
-                return profiles.find(",".join(parts[:2])), 2
-            except UnknownDevice:
-                pass  # what the first part is near to says more
-        raise
+    """The device that the first two parts name with the comma between them, iPhone17,1; or else the first."""
+    if len(parts) > 1:
+        with contextlib.suppress(UnknownDevice):
+            return profiles.find(",".join(parts[:2])), 2
+    return profiles.find(parts[0]), 1
 
 
 def with_ram(device: Device, gib: float) -> Device:
@@ -198,5 +189,5 @@ def rows(cells: Iterable[Cell]) -> Iterator[tuple[str, ...]]:
             amount(plan.prediction.file.value, "bytes") if plan else "",
             memory + amount(cell.budget, "bytes"),
             decode.replace(" tokens/s", ""),
-            f"[{cell.rule}]" if plan else cell.reason,
+            f"[{cell.rule}]" if cell.needed else cell.reason,
         )

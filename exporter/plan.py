@@ -358,6 +358,8 @@ def _refusal(arch: Architecture, device: Device, possible: Sequence[Way], contex
         steps = (_candidate(arch, way, recipe, tokens) for tokens in every if not tokens % way.form.block)
         return next((step for step in steps if step.prediction.memory.value <= budget), None)
 
+    first = possible[0]
+    needed = _needed(arch, first, next(iter(first.recipes)), context)
     for way in possible:
         recipe = next(iter(way.recipes))
         same = fitting(way, recipe)
@@ -366,12 +368,10 @@ def _refusal(arch: Architecture, device: Device, possible: Sequence[Way], contex
         offers += [step for step in others if step.context >= wanted][:1]
         if offers := offers or others[:1]:
             listed = " or ".join(f"{step.recipe.name} with up to {step.context} tokens" for step in offers)
-            needed = _needed(arch, way, recipe, context)
             return _too_large(arch, device, needed, f"{listed} fits")
     way = possible[-1]
     least = _candidate(arch, way, Recipe.uniform(way.form.schemes[-1]), every[-1])
     size = int(arch.parameters * budget / least.prediction.memory.value)
-    needed = _needed(arch, way, next(iter(way.recipes)), context)
     return _too_large(
         arch,
         device,

@@ -47,19 +47,12 @@ class Row(NamedTuple):
 
 def page(files: Sequence[Results], words: Words) -> str:
     """The page, in the language of the words. `files`: where there are two, the second is compared with the first."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(
-        resources("runtimes").joinpath("report_page.jinja").read_text(encoding="utf-8")
-    )
     found = everything(files)
     names = [name for name in _KNOWN if any(m.figure(name) for m in found)]
     names += dict.fromkeys(each.name for m in found for each in m.figures if each.name not in names)
-    return template.render(
-        words=words,
+    return render(
+        "report_page.jinja",
+        words,
         lede=_lede(found, words),
         cards=list(_cards(found, words)),
         plots=list(_plots(files, words)),
@@ -67,6 +60,24 @@ def page(files: Sequence[Results], words: Words) -> str:
         rows=[_row(m, names, words) for m in found],
         meanings=list(_meanings(found)),
     )
+
+
+def render(template: str, words: Words, **values: Any) -> str:
+    """A template beside this module, with all that it is given escaped. `report_style.jinja` and `report_figures.jinja`
+    are parts for any page; what they show are `Plot`s."""
+    import jinja2
+
+    def source(name: str) -> str:
+        return resources("runtimes").joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(source),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(template).render(words=words, **values)
 
 
 def _lede(found: Sequence[Measurement], words: Words) -> str:

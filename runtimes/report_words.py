@@ -188,6 +188,48 @@ _WORDS: dict[str, tuple[str, str]] = {
         "한쪽의 실행이 {n}회보다 적어 실행 간 산포를 관찰하지 못하고 가정했습니다. "
         "둘을 번갈아 여러 번 측정해 같은 두 파일에 더하세요.",
     ),
+    # what fits where
+    "fit": ("What fits where", "어떤 모델이 어디에 들어가나"),
+    "fit, lede": (
+        "{models} on {devices}: {fits} fit, {tight} are tight, {no} do not fit",
+        "{models}, {devices}: 들어감 {fits}, 빠듯함 {tight}, 안 됨 {no}",
+    ),
+    "models, counted": ("{n} models", "모델 {n}개"),
+    "model, counted": ("1 model", "모델 1개"),
+    "fit, glance": (
+        "Of each device, the largest model that fits, as it would be planned.",
+        "기기마다 들어가는 가장 큰 모델과 그 계획입니다.",
+    ),
+    "fit, largest": ("the largest that fits", "들어가는 가장 큰 모델"),
+    "fit, none": ("none", "없음"),
+    "fit, fits": ("fits", "들어감"),
+    "fit, tight": ("tight", "빠듯함"),
+    "fit, no": ("does not fit", "안 됨"),
+    "fit, memory": ("Memory that it needs", "필요한 메모리"),
+    "fit, memory, how": (
+        "As a share of what the model may use on the device. Beyond 100% it does not fit; beyond 80% it is tight.",
+        "기기에서 모델이 쓸 수 있는 메모리에 대한 비율입니다. 100%를 넘으면 들어가지 않고, 80%를 넘으면 빠듯합니다.",
+    ),
+    "fit, speed": ("Decode speed and memory", "디코딩 속도와 메모리"),
+    "fit, speed, how": (
+        "Predicted, with the interval of each. Up and to the left is better.",
+        "예측값이며 막대는 구간입니다. 왼쪽 위로 갈수록 좋습니다.",
+    ),
+    "fit, all": ("All", "전체"),
+    "fit, all, how": (
+        "Predictions of the planner (gochu plan), with the rules that decided. Nothing was run.",
+        "계획기(gochu plan)의 예측과 판단에 쓴 규칙입니다. 실행한 것은 없습니다.",
+    ),
+    "fit, budget": ("may use", "쓸 수 있음"),
+    "fit, of": ("{needed} of {budget}", "{budget} 중 {needed}"),
+    "fit, verdict": ("fits?", "들어가나"),
+    "fit, backend": ("backend", "백엔드"),
+    "fit, why": ("why", "이유"),
+    "fit, needs": ("needs", "필요한 메모리"),
+    "fit, footer": (
+        "Made by gochu fit. Nothing is loaded from elsewhere.",
+        "gochu fit이 만들었습니다. 외부에서 불러오는 것이 없습니다.",
+    ),
 }
 
 

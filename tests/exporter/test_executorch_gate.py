@@ -260,7 +260,8 @@ def test_a_bundle_that_cannot_run_here_says_so(checkpoints, tmp_path, gochu):
 )
 def test_a_delegate_that_cannot_be_had(delegate, code, words, checkpoints, tmp_path, gochu):
     scheme = "int8" if delegate == "vulkan" else "fp16"
-    arguments = ["--device", "galaxy-s24-snapdragon", "--scheme", scheme, "-o", tmp_path / "out"]
+    device = "vivo X200" if delegate == "mediatek" else "galaxy-s24-snapdragon"
+    arguments = ["--device", device, "--scheme", scheme, "-o", tmp_path / "out"]
     found, stdout, err = gochu("export", checkpoints.folder("qwen2"), "--delegate", delegate, *arguments)
     assert (found, stdout, words in err) == (code, "", True), err
     assert err.count("\n") == 1
