@@ -297,7 +297,7 @@ def _first(
     value, low, high = (prompt * seconds for seconds in (found.value, found.low, found.high))
     if decode and decode.low and decode.high and value < 1 / decode.value:
         value, low, high = 1 / decode.value, 1 / decode.high, 1 / decode.low
-        explain = f"{prompt} tokens take less arithmetic than reading the weights takes: as long as a token of the answer"
+        explain = f"{prompt} tokens are read in no less time than a token of the answer, which needs the same weights"
     else:
         rate = f"{operations / found.value / 1e9:.3g}"
         explain = f"{prompt} tokens x {operations / 1e9:.3g} GOP / {rate} GOP/s"
