@@ -64,14 +64,16 @@ _HEAD = """# Made by `python -m runtimes.fit` from profiles/observations; not to
 @dataclass(frozen=True)
 class Left:
     """A run predicted from all others: `error`, and `chip_error` from the runs on other chips only, each
-    predicted / published - 1 of the speed or the memory, None where nothing is predicted then; `within`: the interval
-    holds the published figure."""
+    predicted / published - 1 of the speed or the memory, None where nothing is predicted then; `deviations` of each;
+    `within`, `chip_within`: the interval of such a prediction holds the published figure."""
 
     row: Row
     error: float | None
     chip_error: float | None
     deviations: float | None
+    chip_deviations: float | None
     within: bool = False
+    chip_within: bool = False
 
 
 class Fit:
@@ -189,7 +191,8 @@ class Fit:
             others = np.delete(every, one)
             found, covariance, _ = self.solve(others, full)
             error, deviations = self._predicted(row, self.table(found, covariance, others, [row]))
-            left.append(Left(row, error, self._predicted(row, elsewhere[row.at.chip])[0], deviations))
+            chip_error, chip_deviations = self._predicted(row, elsewhere[row.at.chip])
+            left.append(Left(row, error, chip_error, deviations, chip_deviations))
         return left
 
     def _predicted(self, row: Row, table: dict[str, Any]) -> tuple[float | None, float | None]:
@@ -209,7 +212,13 @@ def leave_one_out(quantity: Quantity) -> list[Left]:
     """
     left = Fit(quantity, shipped_rows(quantity)).leave_one_out()
     limit = width(left)
-    return [replace(each, within=each.deviations is not None and each.deviations <= limit) for each in left]
+
+    def holds(deviations: float | None) -> bool:
+        return deviations is not None and deviations <= limit
+
+    return [
+        replace(each, within=holds(each.deviations), chip_within=holds(each.chip_deviations)) for each in left
+    ]
 
 
 def shipped_rows(quantity: Quantity) -> list[Row]:
