@@ -66,6 +66,7 @@ def _summed(engine: str, backend: str, left: Sequence[Left]) -> dict[str, Any]:
         "90 % below": _percent(errors, 0.9),
         "in the interval": f"{sum(each.within for each in left)} of {len(errors)}",
         "median, other chips": _percent(elsewhere, 0.5),
+        "in the interval, other chips": f"{sum(each.chip_within for each in left)} of {len(elsewhere)}",
     }
 
 

@@ -30,23 +30,25 @@ Indices = NDArray[np.intp]
 HUBER = 1.345  # deviations within which a residual counts in full: 95 % efficient where they are normal
 LARGEST_STEP = 1.0  # of an effect in one Gauss-Newton step
 STEPS, AGAIN = 60, 12  # at most, from the start and from a fit with one more run
-# How far effects usually are from zero. Backends differ freely. The start is where nothing was measured.
+# How far effects usually are from zero, and the noise of a figure beside its rounding: where the likelihood of the
+# figures, the effects integrated out by Laplace's method, is largest (`likelihood`), rounded. Backends differ freely.
 SPREAD: dict[Quantity, dict[str, dict[str, float]]] = {
     "decode": {
-        "rate": {"group": 3.0, "engine": 0.3, "kernel": 0.4, "chip": 0.35, "pair": 0.3},
-        "overhead": {"group": 3.0, "engine": 0.7},
+        "rate": {"group": 3.0, "engine": 0.2, "kernel": 0.3, "chip": 0.5, "pair": 0.15},
+        "overhead": {"group": 3.0, "engine": 0.6},
     },
     "prefill": {
-        "rate": {"group": 3.0, "engine": 0.5, "kernel": 0.7, "chip": 0.7, "pair": 0.3},
+        "rate": {"group": 3.0, "engine": 0.8, "kernel": 0.5, "chip": 0.5, "pair": 0.7},
         "overhead": {},
     },
-    "memory": {"rate": {"group": 1.0, "engine": 0.5}, "overhead": {"group": 2.0, "engine": 1.0}},
+    "memory": {"rate": {"group": 1.0, "engine": 0.8}, "overhead": {"group": 2.0, "engine": 1.4}},
 }
 NOISE: dict[Quantity, float] = {
-    "decode": 0.12,
-    "prefill": 0.15,
-    "memory": 0.12,
-}  # of a figure, beside its rounding
+    "decode": 0.165,
+    "prefill": 0.28,
+    "memory": 0.165,
+}
+# Effects of backends where nothing was measured.
 START: dict[Quantity, tuple[float, float]] = {
     "decode": (0.7, -9.2),
     "prefill": (-3.0, 0.0),
@@ -62,14 +64,16 @@ _HEAD = """# Made by `python -m runtimes.fit` from profiles/observations; not to
 @dataclass(frozen=True)
 class Left:
     """A run predicted from all others: `error`, and `chip_error` from the runs on other chips only, each
-    predicted / published - 1 of the speed or the memory, None where nothing is predicted then; `within`: the interval
-    holds the published figure."""
+    predicted / published - 1 of the speed or the memory, None where nothing is predicted then; `deviations` of each;
+    `within`, `chip_within`: the interval of such a prediction holds the published figure."""
 
     row: Row
     error: float | None
     chip_error: float | None
     deviations: float | None
+    chip_deviations: float | None
     within: bool = False
+    chip_within: bool = False
 
 
 class Fit:
@@ -128,6 +132,16 @@ class Fit:
         covariance = np.linalg.inv(data + prior)
         return found, covariance, float(np.trace(covariance @ data))
 
+    def likelihood(self) -> float:
+        """The logarithm of the likelihood of SPREAD and NOISE, but for a constant; Huber's loss for the residuals."""
+        every = self.everything()
+        found, covariance, _ = self.solve(every)
+        scaled = np.abs(self.target - self.predict(found, every)[0]) / self._noise
+        loss = np.where(scaled < HUBER, scaled**2 / 2, HUBER * (scaled - HUBER / 2)).sum()
+        prior = (((found - self._start) / self._spread) ** 2).sum() / 2
+        volume = np.linalg.slogdet(covariance)[1] / 2 - np.log(self._spread).sum()
+        return float(volume - loss - prior - np.log(self._noise).sum())
+
     def _slope(self, share: Floats, chosen: Indices) -> Floats:
         slope = np.zeros((len(chosen), len(self.names)))
         at = np.arange(len(chosen))
@@ -177,7 +191,8 @@ class Fit:
             others = np.delete(every, one)
             found, covariance, _ = self.solve(others, full)
             error, deviations = self._predicted(row, self.table(found, covariance, others, [row]))
-            left.append(Left(row, error, self._predicted(row, elsewhere[row.at.chip])[0], deviations))
+            chip_error, chip_deviations = self._predicted(row, elsewhere[row.at.chip])
+            left.append(Left(row, error, chip_error, deviations, chip_deviations))
         return left
 
     def _predicted(self, row: Row, table: dict[str, Any]) -> tuple[float | None, float | None]:
@@ -196,16 +211,22 @@ def leave_one_out(quantity: Quantity) -> list[Left]:
     The width of all intervals is one number, found from the runs that were left out.
     """
     left = Fit(quantity, shipped_rows(quantity)).leave_one_out()
-    width = _width(left)
-    return [replace(each, within=each.deviations is not None and each.deviations <= width) for each in left]
+    limit = width(left)
+
+    def holds(deviations: float | None) -> bool:
+        return deviations is not None and deviations <= limit
+
+    return [
+        replace(each, within=holds(each.deviations), chip_within=holds(each.chip_deviations)) for each in left
+    ]
 
 
 def shipped_rows(quantity: Quantity) -> list[Row]:
     return rows(profiles.observations(), quantity)
 
 
-def constants(quantity: Quantity) -> dict[str, Any]:
-    """One table of prediction.toml."""
+def constants(quantity: Quantity, deviations: float) -> dict[str, Any]:
+    """One table of prediction.toml. `deviations`: how wide an interval is (`width`)."""
     fit = Fit(quantity, shipped_rows(quantity))
     every = fit.everything()
     found, covariance, worth = fit.solve(every)
@@ -215,7 +236,7 @@ def constants(quantity: Quantity) -> dict[str, Any]:
         "parameters": round(worth, 1),
         "median_error_fitted": round(float(np.median(errors)), DIGITS),
         **fit.table(found, covariance, every),
-        "width": round(_width(fit.leave_one_out()), DIGITS),
+        "width": round(deviations, DIGITS),
     }
 
 
@@ -227,7 +248,7 @@ def _sizes(seen: Sequence[Row]) -> dict[str, list[float]]:
     return {name: [min(each) / 2, max(each) * 2] for name, each in found.items()}
 
 
-def _width(left: Sequence[Left]) -> float:
+def width(left: Sequence[Left]) -> float:
     """The deviations that hold as many runs as an interval should."""
     return float(np.quantile([each.deviations for each in left if each.deviations is not None], COVERAGE))
 
@@ -259,7 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m runtimes.fit", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
     asked = parser.parse_args(arguments)
-    text = written({quantity: constants(quantity) for quantity in SPREAD})
+    left = {quantity: leave_one_out(quantity) for quantity in SPREAD}
+    text = written({quantity: constants(quantity, width(runs)) for quantity, runs in left.items()})
     file = Path(str(files("runtimes") / DATA))
     if not asked.check:
         file.write_text(text, encoding="utf-8")

@@ -114,7 +114,8 @@ def _product(
     """exp of the sum of the effects (0 of none), its variance, and which of them were fitted.
 
     What is fitted has the deviation of the sum down to it, since effects that were fitted together are not
-    independent; what was never measured adds that of its kind.
+    independent: kernel and chip each change the variance of backend and engine, which they share. What was never
+    measured adds that of its kind.
     """
     if not names:
         return 0.0, 0.0, ()
@@ -123,10 +124,16 @@ def _product(
     if len(names) == 5 and names[4] in found:
         return total, found[names[4]][1] ** 2, tuple(found)
     trunk, *branches = names[1:]
-    variance = found[trunk][1] ** 2 if trunk in found else found[names[0]][1] ** 2 + spread[kind(trunk)] ** 2
-    for name in branches:
-        more = found[name][1] ** 2 - found[trunk][1] ** 2 if name in found else spread[kind(name)] ** 2
-        variance += max(more, 0.0)
+    if trunk not in found:
+        return (
+            total,
+            found[names[0]][1] ** 2 + sum(spread[kind(name)] ** 2 for name in names[1:]),
+            tuple(found),
+        )
+    shared = found[trunk][1] ** 2
+    measured = [found[name][1] ** 2 for name in branches if name in found]
+    variance = max(shared + sum(each - shared for each in measured), min([shared, *measured]))
+    variance += sum(spread[kind(name)] ** 2 for name in branches if name not in found)
     return total, variance, tuple(found)
 
 

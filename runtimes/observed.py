@@ -58,7 +58,7 @@ def rows(observations: Iterable[Observation], quantity: Quantity) -> list[Row]:
 def _row(seen: Observation, quantity: Quantity, has_speed: bool) -> Row | None:
     figures = {"decode": ("decode_speed",), "memory": ("peak_memory",), "prefill": ("prefill_speed", "ttft")}
     bandwidth = seen.soc.bandwidth_bytes_per_s
-    model, scheme = _find("models", seen.model), _scheme(seen)
+    model, scheme = _model(seen), _scheme(seen)
     if seen.figure not in figures[quantity] or not (bandwidth and model and scheme):
         return None
     counted = count(model, scheme)
@@ -129,13 +129,22 @@ def _run(seen: Observation) -> tuple[object, ...]:
     return seen.source, seen.model, seen.scheme, seen.engine, seen.backend, place, seen.prompt, seen.note
 
 
-def _find(table: str, name: str) -> dict[str, Any] | None:
-    return next((entry for entry in _tables()[table] if name in entry["names"]), None)
+def _model(seen: Observation) -> dict[str, Any] | None:
+    return next((entry for entry in _tables()["models"] if seen.model in entry["names"]), None)
 
 
 def _scheme(seen: Observation) -> dict[str, Any] | None:
-    of_engine = (entry for entry in _tables()["schemes"] if entry["engine"] == seen.engine)
-    return next((entry for entry in of_engine if seen.scheme in entry["names"]), None)
+    """The first entry of the engine with that name, and with that model if it is for some only."""
+    return next(
+        (
+            entry
+            for entry in _tables()["schemes"]
+            if entry["engine"] == seen.engine
+            and seen.scheme in entry["names"]
+            and seen.model in entry.get("models", [seen.model])
+        ),
+        None,
+    )
 
 
 @lru_cache(maxsize=1)

@@ -8,9 +8,10 @@ predicted only for a chip on which the engine's speed was published.
 """
 
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from typing import Any, Literal
 
@@ -71,6 +72,16 @@ class Decoder:
     head_dim: int
     rotary: int
     softcap: bool
+
+    @cached_property
+    def distinct(self) -> tuple[tuple[Weight, int], ...]:
+        """Each different weight and how often it is there: a layer's are those of the next."""
+        return tuple(Counter(self.weights).items())
+
+    @property
+    def multiplied(self) -> Iterator[tuple[Weight, int]]:
+        """Of those, the ones that a product reads for each token."""
+        return ((weight, count) for weight, count in self.distinct if weight.multiplied)
 
 
 @dataclass(frozen=True)
@@ -167,8 +178,8 @@ def _setting(
 ) -> Setting:
     """How the published runs would call this: by the kernel that multiplies most of the weights."""
     weight = dict.fromkeys(costs["kernels"].values(), 0)
-    for each in _multiplied(decoder.weights):
-        weight[costs["kernels"][each.kind]] += each.shape[0] * each.shape[1]
+    for each, count in decoder.multiplied:
+        weight[costs["kernels"][each.kind]] += count * each.shape[0] * each.shape[1]
     kernel = max(weight, key=lambda name: weight[name])
     return Setting(costs.get("published", engine), backend or costs["backend"], kernel, chip)
 
@@ -194,7 +205,8 @@ def _unknown(
 def _file(decoder: Decoder, costs: dict[str, Any], context: int) -> Estimate:
     table = context * (decoder.rotary // 2) * FLOAT
     blocks = [table] * costs["rope_tables"]
-    blocks += [size for weight in decoder.weights for size in _stored(weight, costs)]
+    stored = {weight: tuple(_stored(weight, costs)) for weight, _ in decoder.distinct}
+    blocks += [size for weight in decoder.weights for size in stored[weight]]
     end, paged, alignment = 0, costs["paged_bytes"], costs["alignment"]
     for size in blocks:
         end += -end % alignment[size >= paged] + size
@@ -219,12 +231,8 @@ def _stored(weight: Weight, costs: dict[str, Any]) -> Iterator[int]:
 
 
 def _memory(decoder: Decoder, costs: dict[str, Any], context: int) -> Estimate:
-    held = (
-        costs["session_bytes"]
-        + decoder.vectors * costs["float_bytes"]
-        + _total(decoder.weights, costs, "held")
-    )
-    loading = max((_bytes(weight, costs, "loading") for weight in _multiplied(decoder.weights)), default=0.0)
+    held = costs["session_bytes"] + decoder.vectors * costs["float_bytes"] + _total(decoder, costs, "held")
+    loading = max((_bytes(weight, costs, "loading") for weight, _ in decoder.multiplied), default=0.0)
     cache = _cache_bytes(decoder, costs, context)
     activations = _activations(decoder, costs, context)
     running = cache + activations
@@ -234,7 +242,7 @@ def _memory(decoder: Decoder, costs: dict[str, Any], context: int) -> Estimate:
         parts += f" + {_size(loading)} for the largest weight while it is loaded"
     else:
         parts += f" + {_size(cache)} of KV cache + {_size(activations)} of activations"
-    kinds = sorted({weight.kind for weight in _multiplied(decoder.weights)})
+    kinds = sorted({weight.kind for weight, _ in decoder.multiplied})
     why = "; ".join(costs["weights"][kind]["why"] for kind in kinds)
     spread = costs["spread"] * value
     explain = f"memory of its own, mapped files not counted: {parts} ({why})"
@@ -265,7 +273,7 @@ def _cache_bytes(decoder: Decoder, costs: dict[str, Any], tokens: int) -> int:
 
 
 def _streamed(decoder: Decoder, costs: dict[str, Any], tokens: int) -> Estimate:
-    value = _total(decoder.weights, costs, "streamed") + _cache_bytes(decoder, costs, tokens)
+    value = _total(decoder, costs, "streamed") + _cache_bytes(decoder, costs, tokens)
     explain = f"every weight that is multiplied, and the KV cache of {tokens} tokens"
     return Estimate("read per token", "bytes", value, explain)
 
@@ -288,18 +296,16 @@ def _first(
 ) -> Estimate | None:
     """Two operations for each weight of the layers and token, the head seeing the last token alone; but a prompt
     takes no less than a token of the answer, which reads the same weights."""
-    vocabulary = {weight.shape[0] for weight in decoder.weights if weight.looked_up}
-    layers = [each for each in _multiplied(decoder.weights) if each.shape[0] not in vocabulary]
-    operations = 2 * sum(weight.shape[0] * weight.shape[1] for weight in layers)
+    vocabulary = {weight.shape[0] for weight, _ in decoder.distinct if weight.looked_up}
+    layers = ((each, count) for each, count in decoder.multiplied if each.shape[0] not in vocabulary)
+    operations = 2 * sum(count * each.shape[0] * each.shape[1] for each, count in layers)
     found = guess("prefill", at, operations / bandwidth, 0)
     if found is None:
         return None
     value, low, high = (prompt * seconds for seconds in (found.value, found.low, found.high))
     if decode and decode.low and decode.high and value < 1 / decode.value:
         value, low, high = 1 / decode.value, 1 / decode.high, 1 / decode.low
-        explain = (
-            f"{prompt} tokens take less arithmetic than reading the weights: as long as a token of the answer"
-        )
+        explain = f"{prompt} tokens are read in no less time than a token of the answer, which needs the same weights"
     else:
         rate = f"{operations / found.value / 1e9:.3g}"
         explain = f"{prompt} tokens x {operations / 1e9:.3g} GOP / {rate} GOP/s"
@@ -333,17 +339,13 @@ def _basis(found: Guess, at: Setting) -> str:
     return f"{what}; {COVERAGE:.0%} of such figures are between the bounds"
 
 
-def _multiplied(weights: Iterable[Weight]) -> list[Weight]:
-    return [weight for weight in weights if weight.multiplied]
-
-
-def _total(weights: Sequence[Weight], costs: dict[str, Any], use: str) -> float:
+def _total(decoder: Decoder, costs: dict[str, Any], use: str) -> float:
     unfolded = sum(
-        costs.get("unfolded_embedding", 0) * weight.sizes()["floats"]
-        for weight in weights
+        count * costs.get("unfolded_embedding", 0) * weight.sizes()["floats"]
+        for weight, count in decoder.distinct
         if weight.looked_up and (weight.multiplied or use == "held")
     )
-    return unfolded + sum(_bytes(weight, costs, use) for weight in _multiplied(weights))
+    return unfolded + sum(count * _bytes(weight, costs, use) for weight, count in decoder.multiplied)
 
 
 def _bytes(weight: Weight, costs: dict[str, Any], use: str) -> float:

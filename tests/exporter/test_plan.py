@@ -212,6 +212,43 @@ def test_unknown_bandwidth_is_said_instead_of_guessed() -> None:
     assert plan.warnings == ()
 
 
+def test_the_time_to_the_first_token_is_predicted_where_it_was_published() -> None:
+    """ExecuTorch's prompt speed was published for a Snapdragon 8 Gen 3, and for no 8 Gen 2."""
+    arch = architecture("Llama-3.2-1B")
+    known = make_plan(arch, device="OnePlus 12", format="executorch", scheme="int4").prediction
+    assert known.first is not None
+    assert known.first.value == pytest.approx(128 / 260.5, rel=0.1)  # the tokens/s of its README
+    assert known.unknown == ()
+    plan = make_plan(arch, device="OnePlus 11", format="executorch", scheme="int4")
+    assert plan.prediction.first is None
+    assert "executorch on this chip's CPU" in plan.to_dict()["not_predicted"]["first token"]
+    assert plan.prediction.decode is not None
+    assert "on other chips" in plan.prediction.decode.explain
+
+
+@pytest.mark.parametrize(
+    ("device", "way", "said"),
+    [
+        ("OnePlus 12", {"format": "executorch"}, "executorch on this chip"),
+        ("OnePlus 12", {"format": "onnx"}, "no speed of onnxruntime on a CPU was published"),
+        ("OnePlus 12", {"format": "executorch", "delegate": "vulkan"}, "executorch on a GPU was published"),
+        ("Galaxy S25", {"format": "onnx", "delegate": "hexagon"}, "genie on this chip"),
+        ("iPhone 17 Pro", {"format": "coreml", "delegate": "ane"}, "coreml on this chip"),
+        ("iPhone 17 Pro", {"format": "coreml", "delegate": "gpu"}, "coreml on other chips"),
+    ],
+)
+def test_a_speed_is_predicted_for_what_computes(device: str, way: dict[str, Any], said: str) -> None:
+    prediction = make_plan(architecture("Llama-3.2-1B"), device=device, **way).prediction
+    assert prediction.decode is not None
+    assert said in prediction.decode.explain
+
+
+def test_this_computer_has_no_speeds_and_says_why() -> None:
+    unknown = dict(make_plan(architecture("small")).prediction.unknown)
+    assert unknown.keys() == {"first token", "decode"}
+    assert all("bandwidth" in why for why in unknown.values())
+
+
 def test_threads_are_the_fast_cores() -> None:
     plan = make_plan(architecture("small"), device="iPhone 14")
     assert choice(plan, "threads").value == "2"

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("executorch", reason="executorch is not installed")
 
 from runtimes.bundle import Bundle, Choice
-from runtimes.engines import open_engine
+from runtimes.engines import import_library, open_engine
 from runtimes.engines.executorch import ExecuTorchEngine
 from runtimes.errors import BundleError, EngineError, PromptError, UsageError
 from runtimes.generate import load
@@ -195,3 +195,11 @@ def test_a_kernel_that_this_runtime_lacks_is_named(bundles, tmp_path):
     choice = Choice(topic="variant", value="cpu", reason="a test wants it")
     with pytest.raises(EngineError, match=r"kernel 'llama::custom_sdpx\.out' not found"):
         ExecuTorchEngine(path, choice, context=64, vocab=512, threads=1)
+
+
+def test_a_measuring_process_imports_all_that_python_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch among it: a quarter of a gigabyte that no phone has, and that would count as the model's memory."""
+    done: list[str] = []
+    monkeypatch.setattr("runtimes.engines.executorch.import_runtime", lambda: done.append("imported"))
+    import_library("executorch")
+    assert done == ["imported"]

@@ -3,12 +3,14 @@
 import tomllib
 from dataclasses import replace
 from importlib.resources import files
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtimes.predict import Decoder, Weight, predict
+from runtimes import fitted
+from runtimes.predict import Decoder, Prediction, Weight, predict
 
 MIB = 1 << 20
 
@@ -151,8 +153,64 @@ def test_without_a_bandwidth_no_speed_is_claimed() -> None:
     assert not any("tokens" in key for key in prediction.figures())
 
 
-def test_reading_a_prompt_is_never_predicted() -> None:
-    assert not any("prefill" in key for key in predict(LLAMA_1B, 2048, bandwidth=50e9).figures())
+def on(engine: str, chip: str, bandwidth: float, model: Decoder = LLAMA_1B, **more: Any) -> Prediction:
+    return predict(model, 2048, engine=engine, chip=chip, bandwidth=bandwidth, **more)
+
+
+def test_a_prompt_is_predicted_only_where_its_speed_was_published() -> None:
+    known = on("executorch", "sm8650", 76.8e9)
+    assert known.first is not None
+    assert known.first.low is not None
+    assert known.first.high is not None
+    assert known.first.low < 64 * 2 / 260.5 < known.first.high  # pytorch/executorch's README: 260.5 tokens/s
+    assert known.unknown == ()
+    assert {"first_token_s", "first_token_s_low", "first_token_s_high"} < known.figures().keys()
+    other = on("executorch", "sm8550", 67.2e9)
+    assert other.first is None
+    assert [name for name, _ in other.unknown] == ["first token"]
+    assert not any("first" in key for key in other.figures())
+
+
+def test_a_prompt_takes_no_less_than_a_token_of_the_answer() -> None:
+    short, long = (on("executorch", "sm8650", 76.8e9, prompt=prompt) for prompt in (1, 1000))
+    assert short.first is not None
+    assert short.decode is not None
+    assert long.first is not None
+    assert short.first.value == pytest.approx(1 / short.decode.value)
+    assert long.first.value > 10 * short.first.value
+
+
+def test_no_token_is_predicted_faster_than_its_bytes_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were all that was measured ever so fast, or counted wrongly."""
+    fast = {**fitted.shipped()["decode"], "rate": {"cpu": [-2.0, 0.1]}, "overhead": {"cpu": [-20.0, 0.1]}}
+    monkeypatch.setattr(fitted, "shipped", lambda: {**constants, "decode": fast})
+    constants = {"prefill": {"rate": {}, "sizes": {}}, "memory": {"rate": {}, "sizes": {}}}
+    found = on("executorch", "sm8650", 76.8e9)
+    assert found.decode is not None
+    assert found.decode.value == found.decode.high == 76.8e9 / found.streamed.value
+
+
+def test_resident_memory_is_what_was_published_with_the_mapped_file() -> None:
+    """pytorch/executorch: examples/models/llama/README.md, 3B on a OnePlus 12; nothing for a model of a tenth of it."""
+    found = on("executorch", "sm8650", 76.8e9, LLAMA_3B).resident
+    assert found is not None
+    assert found.value == pytest.approx(3726 * MIB, rel=0.15)
+    assert on("executorch", "sm8650", 76.8e9, qwen(2, 4, 32)).resident is None
+    assert on("onnxruntime", "sm8650", 76.8e9).resident is None
+
+
+def test_fixed_shapes_read_the_whole_cache() -> None:
+    short, long = (predict(LLAMA_1B, context, engine="coreml").streamed.value for context in (1024, 4096))
+    assert long - short == 2 * 16 * 8 * 64 * 3072 * 2
+    assert predict(LLAMA_1B, 1024).streamed.value == predict(LLAMA_1B, 4096).streamed.value
+
+
+def test_a_backend_that_nobody_measured_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = {**fitted.shipped(), "decode": {**fitted.shipped()["decode"], "rate": {}}}
+    monkeypatch.setattr(fitted, "shipped", lambda: constants)
+    found = on("executorch", "sm8650", 76.8e9)
+    assert found.decode is None
+    assert dict(found.unknown)["decode"] == "no engine's speed on any CPU was published"
 
 
 def test_the_kv_cache_is_two_float32_buffers_per_layer() -> None:
@@ -178,7 +236,7 @@ def test_a_figure_for_a_person_has_its_unit_and_bounds() -> None:
     prediction = predict(LLAMA_1B, 2048, bandwidth=76.8e9)
     texts = {row.name: row.text for row in prediction.rows()}
     assert texts["KV cache"] == "134 MB"
-    assert texts["decode"] == "33 tokens/s (12 to 87)"  # no speed of ONNX Runtime was ever published
+    assert texts["decode"] == "33 tokens/s (16 to 70)"  # no speed of ONNX Runtime was ever published
     assert list(texts) == ["file", "peak memory", "KV cache", "read per token", "decode"]
     assert all(row.explain for row in prediction.rows())
     assert set(prediction.figures()) == {
