@@ -229,10 +229,10 @@ def make_plan(
     static = HEXAGON in delegates and any(made.scheme.is_static for made in plan.decisions.values())
     if calibration is not None and not static and not plan.calibrates:
         raise UsageError(
-            "--calibration is for what is found on a text, gptq's weights and Hexagon's ranges of w8a16 and w4a16, and "
-            "nothing here is: drop it, or ask for --algorithm gptq"
+            "--calibration is for what is found on a text, gptq's weights, the scales of awq and smoothquant, and "
+            "Hexagon's ranges of w8a16 and w4a16, and nothing here is: drop it, or ask for --algorithm gptq"
         )
-    choices = (*plan.choices, *_preparations(original, prepare), *_calibration(plan, calibration))
+    choices = (*plan.choices, *_preparations(original, plan), *_calibration(plan, calibration))
     plan = replace(plan, calibration=calibration, choices=choices)
     if HEXAGON not in delegates:
         return plan
@@ -637,11 +637,11 @@ def _algorithms(decisions: Mapping[str, Decision]) -> Iterator[Choice]:
         yield Choice(topic="algorithm", value=name + where, reason=find_algorithm(name, scheme).reason)
 
 
-def _preparations(arch: Architecture, names: Iterable[str]) -> Iterator[Choice]:
+def _preparations(arch: Architecture, plan: Plan) -> Iterator[Choice]:
     """What is done to the weights of `arch` before they are quantized."""
-    for name in names:
+    for name in plan.recipe.prepare:
         made = PREPARATIONS[name]
-        reason = "; ".join(filter(None, (made.reason, made.note(arch))))
+        reason = "; ".join(filter(None, (made.reason, made.note(arch, plan.decisions))))
         yield Choice(topic="preparation", value=name, reason=reason)
 
 
