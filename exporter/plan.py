@@ -183,7 +183,7 @@ def choose(
         )
     plan = _chosen(device, arch, asked, facts, blocks, list(refused))
     refuse_idle(asked.prepared, plan.decisions)
-    return replace(plan, choices=(*plan.choices, *_preparations(original, asked.prepared)))
+    return replace(plan, choices=(*plan.choices, *_preparations(original, plan)))
 
 
 def _require_sense(arch: Architecture, asked: Asked) -> None:
@@ -421,8 +421,8 @@ def _plan(
     calibrates = _calibrates(chosen.recipe, chosen.decisions)
     if asked.calibration is not None and not static and not calibrates:
         raise UsageError(
-            "--calibration is for what is found on a text, gptq's weights and Hexagon's ranges of w8a16 and w4a16, and "
-            "nothing here is: drop it, or ask for --algorithm gptq"
+            "--calibration is for what is found on a text, gptq's weights, the scales of awq and smoothquant, and "
+            "Hexagon's ranges of w8a16 and w4a16, and nothing here is: drop it, or ask for --algorithm gptq"
         )
     weights = {name: decision.scheme for name, decision in chosen.decisions.items()}
     choices = [
@@ -671,11 +671,11 @@ def _algorithms(decisions: Mapping[str, Decision]) -> Iterator[Choice]:
         yield choice("algorithm", name + where, "algorithm", reason=find_algorithm(name, scheme).reason)
 
 
-def _preparations(arch: Architecture, names: Sequence[str]) -> Iterator[Choice]:
+def _preparations(arch: Architecture, plan: Plan) -> Iterator[Choice]:
     """What is done to the weights of `arch` before they are quantized."""
-    for name in names:
+    for name in plan.recipe.prepare:
         made = PREPARATIONS[name]
-        reason = "; ".join(filter(None, (made.reason, made.note(arch))))
+        reason = "; ".join(filter(None, (made.reason, made.note(arch, plan.decisions))))
         yield choice("preparation", name, "preparation", reason=reason)
 
 

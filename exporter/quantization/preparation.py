@@ -26,7 +26,7 @@ Find = Callable[[Linears], NDArray[np.float32] | None]
 
 @dataclass(frozen=True)
 class Preparation:
-    """`reason` is for the plan, and `note` what it says of an architecture beside that.
+    """`reason` is for the plan, and `note` what it adds for an architecture (as it was) and what its weights become.
 
     Either `source` changes the weights as they are, and `architecture` says what the model is then; or `find` finds
     scales, of linears some of whose schemes are `of` that kind ("which have none" is what others are told), by their
@@ -34,7 +34,7 @@ class Preparation:
     """
 
     reason: str
-    note: Callable[[Architecture], str] = lambda arch: ""
+    note: Callable[[Architecture, Mapping[str, Decision]], str] = lambda arch, decisions: ""
     source: Callable[[Source], Source] | None = None
     architecture: Callable[[Architecture], Architecture] = lambda arch: arch
     find: Find | None = None
@@ -49,7 +49,7 @@ def _awq(linears: Linears) -> NDArray[np.float32] | None:
     return awq_scales(linears)
 
 
-def _rotation_note(arch: Architecture) -> str:
+def _rotation_note(arch: Architecture, decisions: Mapping[str, Decision]) -> str:
     if not turns_stream(arch):
         return (
             f"only the heads' values are turned: {arch.family} normalises what attention and MLP give, and its "
@@ -57,10 +57,10 @@ def _rotation_note(arch: Architecture) -> str:
         )
     if not arch.tied:
         return ""
-    numbers = arch.vocab * arch.hidden / 1e6
+    nbytes = decisions["head"].scheme.nbytes((arch.vocab, arch.hidden))
     return (
-        f"the final norm goes into the head, which then no longer is the embedding: {numbers:.1f} M more weights are "
-        "stored"
+        "the final norm goes into the head, which then no longer is the embedding and is stored apart: "
+        f"{nbytes / 1e6:.1f} MB more"
     )
 
 
