@@ -29,6 +29,9 @@ LIBRARY = "onnxruntime_qnn"
 PROVIDER = "QNNExecutionProvider"
 # The provider leaves these to the CPU unless told otherwise.
 _AFFINITY = {"op_type": {"GroupQueryAttention": "htp"}}
+# In a graph's metadata: the scales of its 4-bit blocks are 1 to 16 times one number for each output, as QNN's low-power
+# block quantization has them; other scales would be rounded to that.
+LOW_POWER = "gochu.low_power_blocks"
 _KEPT, _NODES = "graph.onnx", "nodes.json"
 _VERBOSE, _FATAL = 0, 4  # log severities; what goes wrong comes as an exception
 _REFUSAL = re.compile(
@@ -162,6 +165,7 @@ def _try(
             "htp_arch": chip.arch.removeprefix("v"),
             "enable_htp_fp16_precision": "1",  # floating point on the NPU is float16
             "op_affinity": str(affinity),
+            "enable_block_quant_weight_optimization": str(int(_has_low_power_blocks(graph))),
         }
         options.add_provider_for_devices(devices, provider)
         try:
@@ -169,6 +173,11 @@ def _try(
         except Exception as error:  # its own kinds have no common base
             session, reason = None, " ".join(str(error).split())[:600]
     return session, said, reason
+
+
+def _has_low_power_blocks(graph: Path) -> bool:
+    model = require("onnx", EXTRA).load(graph, load_external_data=False)
+    return any(entry.key == LOW_POWER for entry in model.metadata_props)
 
 
 def open_on_cpu(graph: Path) -> Any:

@@ -272,6 +272,7 @@ class OnnxOps:
                 "group": scheme.group,
                 "block": block,
                 "activations": scheme.activations,
+                "low_power": scheme.low_power,
             }
             row += tensor.shape[0]
 

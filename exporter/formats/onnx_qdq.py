@@ -21,6 +21,7 @@ from exporter.quantization.ranges import Quantization, Range, Ranges
 from exporter.quantization.tensor import QuantizedTensor, pack4
 from exporter.quantization.weights import Weights
 from runtimes.bundle import EntryPoint, TensorSpec
+from runtimes.qnn import LOW_POWER
 
 DATA = "hexagon.onnx.data"
 OPSET, IR = 23, 11
@@ -48,6 +49,7 @@ class QdqGraph:
         self.inputs: dict[str, TensorSpec] = {}
         self.outputs: dict[str, TensorSpec] = {}
         self._integers: dict[str, str] = {}
+        self._blocks: dict[bool, str] = {}  # whether weights in blocks are low-power ones, and one that is
         self._data = data
 
     # hexagon_ops.Graph
@@ -140,6 +142,8 @@ class QdqGraph:
         if name not in self._data.layout:
             self._store(self.weights.matrix(name))
         place = self._data.layout[name]
+        if place["group"]:
+            self._blocks.setdefault(place["low_power"], name)
         blocks = {"axis": 0, "block_size": place["group"]} if place["group"] else {"axis": 1}
         return self.builder.emit("DequantizeLinear", [name, f"{name}.scales", f"{name}.zeros"], **blocks)
 
@@ -163,6 +167,7 @@ class QdqGraph:
             "bits": scheme.bits,
             "group": scheme.group,
             "activations": scheme.activations,
+            "low_power": scheme.low_power,
         }
 
     def model(self, name: str) -> Any:
@@ -172,7 +177,15 @@ class QdqGraph:
         self.builder.prune(self.outputs.keys())
         used = {value for node in self.builder.nodes for value in node.input}
         self.inputs = {name: spec for name, spec in self.inputs.items() if name in used}
-        return self.builder.model(name, [*self.inputs.values()], [*self.outputs.values()], OPSET, IR)
+        if len(self._blocks) > 1:
+            raise RecipeError(
+                f"{self._blocks[True]} has low-power blocks and {self._blocks[False]} others, and QNN takes all blocks "
+                "of a graph as the one or the other: use one of both in the recipe"
+            )
+        model = self.builder.model(name, [*self.inputs.values()], [*self.outputs.values()], OPSET, IR)
+        if True in self._blocks:
+            model.metadata_props.add(key=LOW_POWER, value="1")
+        return model
 
 
 def write_qdq(

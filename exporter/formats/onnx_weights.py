@@ -32,7 +32,8 @@ class OnnxWeights:
     def scheme(self, name: str) -> Scheme:
         """What a weight matrix was quantized to."""
         place = self._layout[name]
-        return Scheme(place["bits"], place["group"], place["activations"])
+        low_power = place.get("low_power", False)  # which older bundles do not know
+        return Scheme(place["bits"], place["group"], place["activations"], low_power=low_power)
 
     def matrix(self, name: str) -> QuantizedTensor:
         """A weight matrix with its integers and scales."""

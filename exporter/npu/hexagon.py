@@ -31,6 +31,7 @@ from runtimes.memory import available
 
 ACCELERATOR = "Hexagon"
 PORTABLE, QUANTIZED = "portable", "quantized"
+LOW_POWER = "low-power blocks"
 
 
 @lru_cache(maxsize=1)
@@ -79,6 +80,11 @@ def npu(chip: Chip, scheme: Scheme | None = None) -> qnn.Chip:
             f"{scheme.name} cannot run on the NPU of {chip.name} ({found.arch}): {reason('routes', route(scheme))}; "
             "use w8a16 or w4a16",
             "hexagon-fp16",
+        )
+    if scheme is not None and scheme.low_power and not takes(found.arch, "features", LOW_POWER):
+        raise PlanRefused(
+            f"{scheme.name} cannot run on the NPU of {chip.name} ({found.arch}): {reason('features', LOW_POWER)}; "
+            f"use w4a16-g{scheme.group} or w4a16"
         )
     return qnn.Chip(found.soc_model, found.arch)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exporter.checkpoint import Matrix
 from exporter.quantization.hessian import DAMPING, found_by_rows, mean_square, refuse_not_finite
+from exporter.quantization.lattice import snapped
 from exporter.quantization.rtn import Quantized, quantize_mse
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import round_scales
@@ -45,13 +46,19 @@ def quantize_clip(matrix: Matrix, scheme: Scheme, hessian: Tensor) -> tuple[Quan
             outputs = integers @ blocks
             power = (outputs * integers).sum(-1, keepdim=True).clamp_(min=_TINY)
             best_scale = (outputs * grouped).sum(-1, keepdim=True) / power
-            tried = torch.from_numpy(round_scales(best_scale.numpy()))
+            tried = held(best_scale, scales)
             integers = _nearest(grouped, tried, high)
             cost = _cost(grouped - integers * tried, blocks)
             better = cost < least
             least = torch.where(better, cost, least)
             chosen, best = torch.where(better, tried, chosen), torch.where(better, integers, best)
         return best.transpose(0, 1).flatten(1), chosen[..., 0].T
+
+    def held(found: Tensor, scales: Tensor) -> Tensor:
+        """The nearest scales that the scheme holds, [groups, rows, 1]."""
+        if scheme.low_power:
+            return torch.from_numpy(snapped(found[..., 0].T.numpy(), scales.numpy())).T[..., None]
+        return torch.from_numpy(round_scales(found.numpy()))
 
     return found_by_rows(matrix, nearest, find, _AT_ONCE), ""
 

@@ -17,8 +17,16 @@ BLOCK = 128  # inputs whose changes reach all others together
 
 
 @torch.no_grad()
-def descend(w: Tensor, q: Tensor, scales: Tensor, hessian: Tensor, high: int, sweeps: int = SWEEPS) -> None:
-    """Improve integers q in [-high - 1, high] and scales in place; no output's error grows.
+def descend(
+    w: Tensor,
+    q: Tensor,
+    scales: Tensor,
+    hessian: Tensor,
+    high: int,
+    sweeps: int = SWEEPS,
+    rescale: bool = True,
+) -> None:
+    """Improve integers q in [-high - 1, high] and, if `rescale`, scales in place; no output's error grows.
 
     w, q float32 [inputs, outputs], so that a step works on a row; scales [groups, outputs]; hessian [inputs, inputs],
     of which inputs that were never used have zeros: their integers stay.
@@ -43,10 +51,10 @@ def descend(w: Tensor, q: Tensor, scales: Tensor, hessian: Tensor, high: int, sw
                     change = (step - rows[i - start]).mul_(scale)
                     rows[i - start] = step
                     near.addr_(hessian[start:stop, i], change)
-            if block == size:
+            if rescale and block == size:
                 _rescale(rows, scale, near, hessian[start:stop, start:stop])
             slope.addmm_(hessian[:, start:stop], rows * scale - before)
-            if block < size and stop % size == 0:
+            if rescale and block < size and stop % size == 0:
                 group_rows = slice(group * size, stop)
                 change = _rescale(q[group_rows], scale, slope[group_rows], hessian[group_rows, group_rows])
                 slope.addmm_(hessian[:, group_rows], q[group_rows] * change)

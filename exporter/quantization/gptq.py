@@ -49,9 +49,10 @@ def quantize_gptq(
     factor, note = _factor(matrix.name, hessian if order is None else hessian[order][:, order])
 
     def find(w: Tensor, rounded: Tensor, their_scales: Tensor) -> tuple[Tensor, Tensor]:
-        q, scales = _feed_back(w, factor, scheme, order)
+        q, scales = _feed_back(w, their_scales, factor, scheme, order)
         if sweeps:
-            descend(w.T.contiguous(), q, scales, hessian, 2 ** (scheme.bits - 1) - 1, sweeps)
+            high, free = 2 ** (scheme.bits - 1) - 1, not scheme.low_power
+            descend(w.T.contiguous(), q, scales, hessian, high, sweeps, rescale=free)
         q, scales = q.T, scales.T
         cost, plain = (
             output_error(w - dequantized(*made), hessian) for made in ((q, scales), (rounded, their_scales))
@@ -84,20 +85,21 @@ def _factor(name: str, hessian: Tensor) -> tuple[Tensor, str]:
     )
 
 
-def _feed_back(w: Tensor, factor: Tensor, scheme: Scheme, order: Tensor | None) -> tuple[Tensor, Tensor]:
+def _feed_back(
+    w: Tensor, nearest: Tensor, factor: Tensor, scheme: Scheme, order: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Integers (as float32) [inputs, outputs] and scales [groups, outputs] of weights [outputs, inputs].
 
+    `nearest`: the scales of rounding to nearest, which stay where inputs are taken out of order, where a group is all
+    of them, and where groups have a unit in common.
     Inputs lie in rows here, so that a step works on a row and a group's scales are found as `rtn` finds them.
     """
     outputs, inputs = w.shape
     size, high = scheme.group or inputs, 2 ** (scheme.bits - 1) - 1
     w = w.T.clone(memory_format=torch.contiguous_format)
-    scales = torch.empty(inputs // size, outputs)
     groups = [i // size for i in (range(inputs) if order is None else order.tolist())]
-    static = order is not None or scheme.group is None
-    if static:
-        for group, rows in enumerate(w.split(size)):
-            scales[group] = torch.from_numpy(mse_scales(rows.numpy(), scheme))
+    static = order is not None or scheme.group is None or scheme.low_power
+    scales = nearest.T.clone(memory_format=torch.contiguous_format)
     if order is not None:
         w = w[order]
     q = torch.empty_like(w)

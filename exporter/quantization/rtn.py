@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from exporter.checkpoint import Matrix
 from exporter.errors import CheckpointError, RecipeError
+from exporter.quantization.lattice import on_lattice
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import LARGEST_SCALE, QuantizedTensor, pack, round_scales, width
 from exporter.quantization.threads import threads
@@ -142,6 +143,8 @@ def _round(
             "cannot hold: use fp32"
         )
     scales = choose(w, absmax, low, high)
+    if scheme.low_power:
+        scales = on_lattice(w, scales.reshape(rows, -1), low, high).reshape(-1)
     q = rounded(w, scales, low, high, _scratch(1, w.shape))
     error = np.multiply(q, scales, out=_scratch(2, w.shape))
     np.subtract(w, error, out=error)

@@ -7,7 +7,7 @@ from typing import Literal
 from exporter.errors import RecipeError
 
 _INTEGERS = re.compile(r"int([348])(?:-g(\d+)|-(channel))?")
-_STATIC = re.compile(r"w([48])a16(?:-g(\d+))?")
+_STATIC = re.compile(r"w([48])a16(?:-(g|lpbq)(\d+))?")
 _TABLE = re.compile(r"pal(\d)(?:-g(\d+))?")
 GROUPS = (16, 32, 64, 128, 256)
 STATIC_GROUPS = (32, 64, 128)
@@ -28,6 +28,8 @@ class Scheme:
     found as the model runs; "uint16" is one scale and zero point for each value of the graph, found before, on a
     calibration text (`quantization.ranges`).
     3 bits: no format takes such integers yet; the quantization stage tells what they would lose.
+    `low_power`: the scales of an output's groups are small multiples of one number (`quantization.lattice`), and only
+    that lies on the grid.
     `table`: the weight is a lookup table's entry, one of 2^bits float16 numbers. A field and not a class of its
     own: what carries schemes about (recipes, decisions, manifests) need not know, and a format that has no tables
     refuses them once, where it fits schemes.
@@ -37,16 +39,18 @@ class Scheme:
     group: int | None = None
     activations: Literal["float32", "int8", "uint16"] = "float32"
     table: bool = False
+    low_power: bool = False
 
     @property
     def name(self) -> str:
-        """fp32, fp16, int8, int4, int4-g128, int3, int8-channel, w8a16, w4a16, w4a16-g32, pal4, pal4-g16, ..."""
+        """fp32, fp16, int8, int4, int4-g128, int3, int8-channel, w8a16, w4a16, w4a16-lpbq64, pal4, pal4-g16, ..."""
         if self.table:
             return f"pal{self.bits}" if self.group is None else f"pal{self.bits}-g{self.group}"
         if self.is_float:
             return f"fp{self.bits}"
         if self.is_static:
-            return f"w{self.bits}a16" + (f"-g{self.group}" if self.group else "")
+            kind = "lpbq" if self.low_power else "g"
+            return f"w{self.bits}a16" + (f"-{kind}{self.group}" if self.group else "")
         if self.group is None:
             return f"int{self.bits}-channel"
         return f"int{self.bits}" if self.group == PORTABLE_GROUP else f"int{self.bits}-g{self.group}"
@@ -78,7 +82,11 @@ class Scheme:
 
 PORTABLE_GROUP = 32
 SCHEMES = ("fp32", "fp16", "int8", "int4", "int4-g128")  # what is offered; other groups parse too
-STATIC_SCHEMES = ("w8a16", "w4a16", *(f"w4a16-g{group}" for group in STATIC_GROUPS))
+STATIC_SCHEMES = (
+    "w8a16",
+    "w4a16",
+    *(f"w4a16-{kind}{group}" for kind in ("g", "lpbq") for group in STATIC_GROUPS),
+)
 
 
 def parse_scheme(name: str) -> Scheme:
@@ -100,8 +108,9 @@ def parse_scheme(name: str) -> Scheme:
         if not channel and (group is None or int(group) in GROUPS):
             return Scheme(_INTEGER_BITS[bits], int(group or PORTABLE_GROUP), "int8")
     if (match := _STATIC.fullmatch(name)) and name in STATIC_SCHEMES:
-        bits, group = match.groups()
-        return Scheme(4 if bits == "4" else 8, int(group) if group else None, "uint16")
+        bits, kind, group = match.groups()
+        number = int(group) if group else None
+        return Scheme(4 if bits == "4" else 8, number, "uint16", low_power=kind == "lpbq")
     raise RecipeError(
         f"there is no scheme {name!r}: use one of {', '.join(SCHEMES)} (groups of {', '.join(map(str, GROUPS))}), "
         f"for an NPU with static ranges {', '.join(STATIC_SCHEMES)}, or "

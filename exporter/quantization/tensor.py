@@ -30,8 +30,8 @@ class QuantizedTensor:
     Integers: `data` uint8, each stored as q + 2^(bits-1) in a byte, [outputs, inputs], but two 4-bit numbers per
     byte, the lower half first, [outputs, inputs/2]; `scales` float32 [outputs, inputs/group] (or [outputs, 1] per
     channel); the weight is q · scale. Tables: `data` uint8 [outputs, inputs], an index in each byte, but 4-bit ones
-    packed as above, [outputs, ⌈inputs/2⌉]; `tables` float32 [groups, 2^bits], ascending, every entry exact in float16;
-    the weight is the entry of its output's group. Floats: `data` float16 or float32 [outputs, inputs].
+    packed as above, [outputs, ⌈inputs/2⌉]; `tables` float32 [groups, 2^bits], ascending, every entry exact in
+    float16; the weight is the entry of its output's group. Floats: `data` float16 or float32 [outputs, inputs].
     """
 
     name: str
