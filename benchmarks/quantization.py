@@ -2,7 +2,8 @@
 
 On two models (`subjects`), on questions that they were never trained on, in torch with float activations, so that only
 weights differ. "layers" leaves the embedding, which is the head too, in float, as the other projects do; "all" gives
-it the same scheme. Every algorithm of the registry is tried; a scheme that one has nothing for is left out.
+it the same scheme. Every algorithm and preparation of the registries is tried where it has
+something for a scheme.
 
 With --peers llm-compressor's GPTQ and auto-round quantize the same checkpoints on the same tokens, in environments of
 their own, which are made first. With --large also GPTQ's memory, and its time for a layer, on the shape of
@@ -27,14 +28,16 @@ from subjects import SUBJECTS, Subject
 
 from exporter.checkpoint import open_checkpoint
 from exporter.errors import RecipeError
-from exporter.quantization.algorithms import ALGORITHMS, TABLE_ALGORITHMS, find_algorithm
+from exporter.quantization.algorithms import ALGORITHMS, DEFAULT, TABLE_ALGORITHMS, find_algorithm
+from exporter.quantization.preparation import PREPARATIONS
 from exporter.quantization.recipe import Recipe, Rule
 from exporter.quantization.scheme import Scheme, parse_scheme
 
 SCHEMES = ("int4", "int4-g128", "w4a16", "int3", "int3-g128", "int3-channel", "int8", "int8-channel", "pal4")
 PEER_SCHEMES = ("int4", "int4-g128", "w4a16", "int3-g128", "int8")
 WHOLE = ("int4", "int8")  # for all weights too
-GPTQ, ABSMAX = "gptq", "rtn-absmax"
+PREPARED = ("int4", "int4-g128")
+GPTQ, BEST, ABSMAX = "gptq", "gptq-descent", "rtn-absmax"
 KL_SHARE, INT4_LOSS, INT8_LOSS = 1 / 3, 1.0, 0.2  # of rtn-absmax's, points, points
 ROUNDING = 1e-5  # nats: below it, one run's KL is another's
 
@@ -87,35 +90,32 @@ def algorithms(scheme: Scheme) -> Iterator[str]:
         yield name
 
 
-def recipe(weights: str, scheme: str, algorithm: str) -> Recipe:
+def recipe(weights: str, scheme: str, algorithm: str, prepare: str = "") -> Recipe:
     """Of all weights, or of the layers' alone."""
-    rules = [Rule(match="*", scheme=scheme, algorithm=algorithm)]
-    if weights == "layers":
-        rules.insert(0, Rule(match="embedding", scheme="fp32"))
-    return Recipe(name="measured", rules=tuple(rules))
+    kept = ("embedding", "head") if weights == "layers" else ()
+    rules = [Rule(match=name, scheme="fp32") for name in kept]
+    rules.append(Rule(match="*", scheme=scheme, algorithm=algorithm))
+    return Recipe(name="measured", rules=tuple(rules), prepare=(prepare,) if prepare else ())
 
 
 def ours(subject: Subject) -> Iterator[Row]:
-    """Every algorithm at every scheme."""
+    """Every algorithm at every scheme, and every preparation before the plainest and the best."""
     for weights, names in (("layers", SCHEMES), ("all", WHOLE)):
         for name, scheme in known(names):
             for algorithm in algorithms(scheme):
                 yield measured(subject, weights, name, algorithm)
+    for name, scheme in known(PREPARED):
+        for prepare, made in PREPARATIONS.items():
+            for algorithm in (DEFAULT, BEST) if made.of(scheme) else ():
+                yield measured(subject, "layers", name, algorithm, prepare)
 
 
-def measured(subject: Subject, weights: str, scheme: str, algorithm: str) -> Row:
-    """One algorithm at one scheme."""
-    found, nbytes, seconds = subject.weights(recipe(weights, scheme, algorithm))
-    figures = subject.figures(found)
+def measured(subject: Subject, weights: str, scheme: str, algorithm: str, prepare: str = "") -> Row:
+    """One algorithm at one scheme, perhaps after a preparation."""
+    found, nbytes, seconds = subject.weights(recipe(weights, scheme, algorithm, prepare))
+    figures, name = subject.figures(found), f"{prepare} + {algorithm}" if prepare else algorithm
     return Row(
-        subject.name,
-        weights,
-        scheme,
-        algorithm,
-        True,
-        *vars(figures).values(),
-        nbytes=nbytes,
-        seconds=seconds,
+        subject.name, weights, scheme, name, True, *vars(figures).values(), nbytes=nbytes, seconds=seconds
     )
 
 
