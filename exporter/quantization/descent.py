@@ -12,12 +12,11 @@ from torch import Tensor
 
 from exporter.quantization.tensor import round_scales
 
-SWEEPS = 3  # more gain nothing that can be measured
 BLOCK = 128  # inputs whose changes reach all others together
 
 
 @torch.no_grad()
-def descend(w: Tensor, q: Tensor, scales: Tensor, hessian: Tensor, high: int, sweeps: int = SWEEPS) -> None:
+def descend(w: Tensor, q: Tensor, scales: Tensor, hessian: Tensor, high: int, sweeps: int) -> None:
     """Improve integers q in [-high - 1, high] and scales in place; no output's error grows.
 
     w, q float32 [inputs, outputs], so that a step works on a row; scales [groups, outputs]; hessian [inputs, inputs],
