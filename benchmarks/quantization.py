@@ -14,8 +14,9 @@ Qwen2.5-0.5B. Speed is only to be judged on a quiet machine.
 """
 
 import argparse
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,14 @@ def known(names: Sequence[str]) -> Iterator[tuple[str, Scheme]]:
 
 
 def algorithms(scheme: Scheme) -> Iterator[str]:
-    """All that find what a scheme asks for."""
+    """All that find what a scheme asks for, a weight at a time."""
     for name in TABLE_ALGORITHMS if scheme.table else ALGORITHMS:
         try:
-            find_algorithm(name, scheme)
+            found = find_algorithm(name, scheme)
         except RecipeError:
             continue
-        yield name
+        if found.from_weights or found.from_hessian:
+            yield name
 
 
 def recipe(weights: str, scheme: str, algorithm: str, prepare: str = "") -> Recipe:
@@ -173,6 +175,17 @@ def against_peers(rows: Sequence[Row]) -> Iterator[Bound]:
         yield Bound(what, gptq[peer.model, peer.weights, peer.scheme].seconds / peer.seconds, 1.0)
 
 
+def told(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, each told on standard error when it is there."""
+    for row in rows:
+        kl = f"KL {1e3 * row.divergence:.3f} thousandths"
+        print(
+            f"{row.model}, {row.weights}, {row.scheme}, {row.algorithm}: {kl}, {row.seconds:.1f} s",
+            file=sys.stderr,
+        )
+        yield row
+
+
 def large(with_peers: bool, threads: int) -> tuple[dict[str, Any], list[Bound]]:
     """GPTQ on a large shape."""
     with tempfile.TemporaryDirectory() as work:
@@ -209,9 +222,10 @@ def main() -> None:
         for name in arguments.models:
             subject = SUBJECTS[name](arguments.questions)
             float_answers[name] = subject.float_answers
-            made = list(ours(subject))
+            made = list(told(ours(subject)))
             for peer in peers.PEERS if arguments.peers else ():
-                made += theirs(subject, peer, Path(work) / name / peer, arguments.repeats)
+                print(f"{name}: {peer} quantizes, {len(PEER_SCHEMES)} times at most", file=sys.stderr)
+                made += told(theirs(subject, peer, Path(work) / name / peer, arguments.repeats))
             rows += made
             title = f"{name}, {len(subject.asked)} held-out questions"
             table(f"{title}; float answers {subject.float_answers:.1f} %", [row.shown() for row in made])
