@@ -587,7 +587,7 @@ def _fallback(arch: Architecture, way: Way, chosen: _Candidate) -> Choice:
 def _on_cpu(arch: Architecture, chosen: _Candidate) -> float:
     """Bytes of memory that the ONNX variant for the CPU takes."""
     engine = FORMATS["onnx"].engine
-    return _predicted(arch, chosen.recipe, "onnx", (), engine, chosen.context, None).memory.value
+    return _predicted(arch, chosen.recipe, "onnx", (), chosen.context, engine=engine).memory.value
 
 
 def _scheme(way: Way, chosen: _Candidate) -> Choice:
