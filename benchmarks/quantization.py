@@ -2,7 +2,8 @@
 
 On two models (`subjects`), on questions that they were never trained on, in torch with float activations, so that only
 weights differ. "layers" leaves the embedding, which is the head too, in float, as the other projects do; "all" gives
-it the same scheme. Every algorithm of the registry is tried; a scheme that one has nothing for is left out.
+it the same scheme. Every algorithm and preparation of the registries is tried where it has
+something for a scheme.
 
 With --peers llm-compressor's GPTQ and auto-round quantize the same checkpoints on the same tokens, in environments of
 their own, which are made first. With --large also GPTQ's memory, and its time for a layer, on the shape of
@@ -13,8 +14,9 @@ Qwen2.5-0.5B. Speed is only to be judged on a quiet machine.
 """
 
 import argparse
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,16 @@ from subjects import SUBJECTS, Subject
 
 from exporter.checkpoint import open_checkpoint
 from exporter.errors import RecipeError
-from exporter.quantization.algorithms import ALGORITHMS, TABLE_ALGORITHMS, find_algorithm
+from exporter.quantization.algorithms import ALGORITHMS, DEFAULT, TABLE_ALGORITHMS, find_algorithm
+from exporter.quantization.preparation import PREPARATIONS
 from exporter.quantization.recipe import Recipe, Rule
 from exporter.quantization.scheme import Scheme, parse_scheme
 
 SCHEMES = ("int4", "int4-g128", "w4a16", "int3", "int3-g128", "int3-channel", "int8", "int8-channel", "pal4")
 PEER_SCHEMES = ("int4", "int4-g128", "w4a16", "int3-g128", "int8")
 WHOLE = ("int4", "int8")  # for all weights too
-GPTQ, ABSMAX = "gptq", "rtn-absmax"
+PREPARED = ("int4", "int4-g128", "w4a16", "int3-g128")
+GPTQ, BEST, ABSMAX = "gptq", "gptq-descent", "rtn-absmax"
 KL_SHARE, INT4_LOSS, INT8_LOSS = 1 / 3, 1.0, 0.2  # of rtn-absmax's, points, points
 ROUNDING = 1e-5  # nats: below it, one run's KL is another's
 
@@ -78,44 +82,42 @@ def known(names: Sequence[str]) -> Iterator[tuple[str, Scheme]]:
 
 
 def algorithms(scheme: Scheme) -> Iterator[str]:
-    """All that find what a scheme asks for."""
+    """All that find what a scheme asks for, a weight at a time."""
     for name in TABLE_ALGORITHMS if scheme.table else ALGORITHMS:
         try:
-            find_algorithm(name, scheme)
+            found = find_algorithm(name, scheme)
         except RecipeError:
             continue
-        yield name
+        if found.from_weights or found.from_hessian:
+            yield name
 
 
-def recipe(weights: str, scheme: str, algorithm: str) -> Recipe:
+def recipe(weights: str, scheme: str, algorithm: str, prepare: str = "") -> Recipe:
     """Of all weights, or of the layers' alone."""
-    rules = [Rule(match="*", scheme=scheme, algorithm=algorithm)]
-    if weights == "layers":
-        rules.insert(0, Rule(match="embedding", scheme="fp32"))
-    return Recipe(name="measured", rules=tuple(rules))
+    kept = ("embedding", "head") if weights == "layers" else ()
+    rules = [Rule(match=name, scheme="fp32") for name in kept]
+    rules.append(Rule(match="*", scheme=scheme, algorithm=algorithm))
+    return Recipe(name="measured", rules=tuple(rules), prepare=(prepare,) if prepare else ())
 
 
 def ours(subject: Subject) -> Iterator[Row]:
-    """Every algorithm at every scheme."""
+    """Every algorithm at every scheme, and every preparation before the plainest and the best."""
     for weights, names in (("layers", SCHEMES), ("all", WHOLE)):
         for name, scheme in known(names):
             for algorithm in algorithms(scheme):
                 yield measured(subject, weights, name, algorithm)
+    for name, scheme in known(PREPARED):
+        for prepare, made in PREPARATIONS.items():
+            for algorithm in (DEFAULT, BEST) if made.of(scheme) else ():
+                yield measured(subject, "layers", name, algorithm, prepare)
 
 
-def measured(subject: Subject, weights: str, scheme: str, algorithm: str) -> Row:
-    """One algorithm at one scheme."""
-    found, nbytes, seconds = subject.weights(recipe(weights, scheme, algorithm))
-    figures = subject.figures(found)
+def measured(subject: Subject, weights: str, scheme: str, algorithm: str, prepare: str = "") -> Row:
+    """One algorithm at one scheme, perhaps after a preparation."""
+    found, nbytes, seconds = subject.weights(recipe(weights, scheme, algorithm, prepare))
+    figures, name = subject.figures(found), f"{prepare} + {algorithm}" if prepare else algorithm
     return Row(
-        subject.name,
-        weights,
-        scheme,
-        algorithm,
-        True,
-        *vars(figures).values(),
-        nbytes=nbytes,
-        seconds=seconds,
+        subject.name, weights, scheme, name, True, *vars(figures).values(), nbytes=nbytes, seconds=seconds
     )
 
 
@@ -142,29 +144,46 @@ def theirs(subject: Subject, peer: str, work: Path, repeats: int) -> Iterator[Ro
 
 
 def promises(rows: Sequence[Row], float_answers: dict[str, float]) -> Iterator[Bound]:
-    """What GPTQ keeps against rounding."""
+    """What is kept against plain rounding: by GPTQ on pepper, by our best on a model that learned no rounding."""
     found = {(row.model, row.weights, row.scheme, row.algorithm): row for row in rows if row.ours}
     for model, exact in float_answers.items():
-        gptq, absmax = (found[model, "layers", "int4", name].divergence for name in (GPTQ, ABSMAX))
-        yield Bound(f"{model}, int4: KL of {GPTQ} as a share of {ABSMAX}'s", gptq / absmax, KL_SHARE)
+        absmax = found[model, "layers", "int4", ABSMAX]
+        kept = found[model, "layers", "int4", GPTQ] if model == "pepper" else best(rows, absmax)
+        what = f"{model}, int4: KL of {kept.algorithm} as a share of {ABSMAX}'s"
+        yield Bound(what, kept.divergence / absmax.divergence, KL_SHARE)
         if model == "pepper":
             for scheme, most in (("int4", INT4_LOSS), ("int8", INT8_LOSS)):
                 lost = exact - found[model, "all", scheme, GPTQ].answers
                 yield Bound(f"{model}, {scheme} with {GPTQ}: points of exact answers lost", lost, most)
 
 
+def best(rows: Sequence[Row], beside: Row) -> Row:
+    """Our row of least divergence on the same model, weights and scheme."""
+    key = beside.model, beside.weights, beside.scheme
+    same = (row for row in rows if row.ours and (row.model, row.weights, row.scheme) == key)
+    return min(same, key=lambda row: row.divergence)
+
+
 def against_peers(rows: Sequence[Row]) -> Iterator[Bound]:
-    """Our best against theirs at each scheme, and our GPTQ's time against llm-compressor's."""
-    keys = dict.fromkeys((row.model, row.scheme) for row in rows if not row.ours)
-    for model, scheme in keys:
-        same = [row for row in rows if (row.model, row.weights, row.scheme) == (model, "layers", scheme)]
-        best = min((row for row in same if row.ours), key=lambda row: row.divergence)
-        gptq = next(row for row in same if row.ours and row.algorithm == GPTQ)
-        for peer in (row for row in same if not row.ours):
-            what = f"{model}, {scheme}: KL of {best.algorithm} as a share of {peer.algorithm}'s"
-            yield Bound(what, best.divergence / max(peer.divergence, ROUNDING), 1.0)
-            what = f"{model}, {scheme}: seconds of {GPTQ} as a share of {peer.algorithm}'s"
-            yield Bound(what, gptq.seconds / peer.seconds, 1.0)
+    """Our best against theirs at each scheme, and the time of our GPTQ against theirs."""
+    gptq = {(row.model, row.weights, row.scheme): row for row in rows if row.ours and row.algorithm == GPTQ}
+    for peer in (row for row in rows if not row.ours):
+        mine, at = best(rows, peer), f"{peer.model}, {peer.scheme}"
+        what = f"{at}: KL of {mine.algorithm} as a share of {peer.algorithm}'s"
+        yield Bound(what, mine.divergence / max(peer.divergence, ROUNDING), 1.0)
+        what = f"{at}: seconds of {GPTQ} as a share of {peer.algorithm}'s"
+        yield Bound(what, gptq[peer.model, peer.weights, peer.scheme].seconds / peer.seconds, 1.0)
+
+
+def told(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, each told on standard error when it is there."""
+    for row in rows:
+        kl = f"KL {1e3 * row.divergence:.3f} thousandths"
+        print(
+            f"{row.model}, {row.weights}, {row.scheme}, {row.algorithm}: {kl}, {row.seconds:.1f} s",
+            file=sys.stderr,
+        )
+        yield row
 
 
 def large(with_peers: bool, threads: int) -> tuple[dict[str, Any], list[Bound]]:
@@ -203,9 +222,10 @@ def main() -> None:
         for name in arguments.models:
             subject = SUBJECTS[name](arguments.questions)
             float_answers[name] = subject.float_answers
-            made = list(ours(subject))
+            made = list(told(ours(subject)))
             for peer in peers.PEERS if arguments.peers else ():
-                made += theirs(subject, peer, Path(work) / name / peer, arguments.repeats)
+                print(f"{name}: {peer} quantizes, {len(PEER_SCHEMES)} times at most", file=sys.stderr)
+                made += told(theirs(subject, peer, Path(work) / name / peer, arguments.repeats))
             rows += made
             title = f"{name}, {len(subject.asked)} held-out questions"
             table(f"{title}; float answers {subject.float_answers:.1f} %", [row.shown() for row in made])

@@ -18,14 +18,17 @@ from lessons import conversations as lesson_texts
 from lessons import exam, stories
 from torch import Tensor
 
+from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.pepper.questions import Question, held_out
 from exporter.pepper.score import score
 from exporter.pepper.train import conversations as pepper_texts
+from exporter.quantization.folding import Scaled
+from exporter.quantization.preparation import finder, prepared
 from exporter.quantization.recipe import Recipe, calibrated
 from exporter.quantization.streaming import quantize_layers
 from exporter.quantization.tensor import QuantizedTensor
-from exporter.quantization.weights import FloatWeights, QuantizedWeights
+from exporter.quantization.weights import FloatWeights, Found, QuantizedWeights, not_found
 from exporter.staging import Staging
 from exporter.tokenizer import TOKENIZER, read_text_side
 from exporter.torch_ops import TorchOps
@@ -39,8 +42,9 @@ SEQUENCES, LENGTH = 256, 64  # that calibrate: beginnings of conversations that 
 class Kept(FloatWeights):
     """What other weights stand for, in float32, each asked for once."""
 
-    def __init__(self, weights: QuantizedWeights, source: Checkpoint) -> None:
-        super().__init__(weights, source.architecture)
+    def __init__(self, weights: QuantizedWeights, arch: Architecture) -> None:
+        super().__init__(weights, arch)
+        self.arch = arch  # a preparation may have untied the head
         self._kept: dict[str, QuantizedTensor] = {}
 
     def matrix(self, name: str) -> QuantizedTensor:
@@ -93,15 +97,19 @@ class Subject:
 
         `source`: another checkpoint of the same model, whose weights another library found.
         """
-        source = source or self.source
-        decisions, start = recipe.resolve(source.architecture), time.perf_counter()
+        start = time.perf_counter()
+        given = prepared(source or self.source, recipe.prepare)
+        decisions, finding = recipe.resolve(given.architecture), finder(recipe.prepare)
         with tempfile.TemporaryDirectory() as work:
-            made = QuantizedWeights(source, decisions)
-            if calibrated(decisions):
+            found: Found = not_found
+            if finding or calibrated(decisions):
                 staging = Staging(Path(work), "")
-                found = quantize_layers(source, decisions, self.sequences, CONTEXT, staging)
-                made = QuantizedWeights(source, decisions, found=found)
-            kept = Kept(made, source)
+                layers = quantize_layers(
+                    given, decisions, self.sequences, CONTEXT, staging, preparation=finding
+                )
+                given, found = Scaled(given, layers.scales) if finding else given, layers
+            made = QuantizedWeights(given, decisions, found=found)
+            kept = Kept(made, given.architecture)
             for name in decisions:
                 kept.matrix(name)
         seconds = time.perf_counter() - start
@@ -121,7 +129,7 @@ class Subject:
         """Exact answers, in percent."""
         prompts, said = [self._tokens(asked, answered=False) for asked in self.asked], dict[str, str]()
         for places, batch in by_length(prompts):
-            ops, made = TorchOps(self.source.architecture, weights, CONTEXT, rounded=0), list[Tensor]()
+            ops, made = TorchOps(weights.arch, weights, CONTEXT, rounded=0), list[Tensor]()
             given, ended = batch, torch.zeros(len(batch), dtype=torch.bool)
             while len(made) < ANSWER and not ended.all():
                 made.append(given := ops.run(given)[:, -1:].argmax(-1))
@@ -141,7 +149,7 @@ class Subject:
         """After each token of all questions with their answers, batch by batch, [sequences, length, vocab]."""
         read = [self._tokens(asked, answered=True) for asked in (*self.asked, *self.told)]
         for _, batch in by_length(read):
-            yield TorchOps(self.source.architecture, weights, CONTEXT, rounded=0).run(batch)
+            yield TorchOps(weights.arch, weights, CONTEXT, rounded=0).run(batch)
 
 
 def by_length(sequences: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor]]:

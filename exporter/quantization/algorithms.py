@@ -48,6 +48,7 @@ def _kmeans_hessian(matrix: Matrix, scheme: Scheme, hessian: "Tensor") -> tuple[
 
 
 DEFAULT = "rtn"
+SWEEPS = 3  # of gptq-descent: more lower the error on the calibration text, and no longer that on another
 ALGORITHMS = {
     DEFAULT: Algorithm("the nearest integers, at the scales of least squared error", quantize_mse),
     "rtn-absmax": Algorithm(
@@ -75,7 +76,7 @@ ALGORITHMS = {
     "gptq-descent": Algorithm(
         "gptq-act-order, and then each weight and scale in turn is chosen anew for what the others have left, as in "
         "QuantEase (Behdin et al. 2023, arXiv 2309.01885): the least error, and the slowest",
-        from_hessian=partial(_gptq, act_order=True, sweeps=3),
+        from_hessian=partial(_gptq, act_order=True, sweeps=SWEEPS),
     ),
 }
 TABLE_DEFAULT = "kmeans"

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from exporter.quantization.tensor import round_scales
 
-SWEEPS = 3  # more gain nothing that can be measured
 BLOCK = 128  # inputs whose changes reach all others together
 
 
@@ -23,7 +22,7 @@ def descend(
     scales: Tensor,
     hessian: Tensor,
     high: int,
-    sweeps: int = SWEEPS,
+    sweeps: int,
     rescale: bool = True,
 ) -> None:
     """Improve integers q in [-high - 1, high] and, if `rescale`, scales in place; no output's error grows.

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from random import Random
 
@@ -109,8 +110,10 @@ def test_the_workers_answers_are_found_among_other_prints():
 
 
 def test_every_algorithm_of_the_registry_is_measured():
-    assert list(quantization.algorithms(parse_scheme("int4"))) == list(ALGORITHMS)
-    assert list(quantization.algorithms(parse_scheme("pal4"))) == list(TABLE_ALGORITHMS)
+    for scheme, registry in (("int4", ALGORITHMS), ("pal4", TABLE_ALGORITHMS)):
+        wanted = [name for name, made in registry.items() if made.from_weights or made.from_hessian]
+        assert list(quantization.algorithms(parse_scheme(scheme))) == wanted
+        assert {"rtn", "gptq", "gptq-descent"} < set(wanted) or "kmeans" in wanted
     assert dict(quantization.known(["int4", "int9", "w4a16"])).keys() == {"int4", "w4a16"}
 
 
@@ -142,6 +145,14 @@ def test_bounds_are_missed_by_a_worse_gptq_and_by_lost_answers():
     assert kept(quantization.promises(table(), {"pepper": 99.4})) == [True, True, True]
     assert kept(quantization.promises(table(gptq=0.34), {"pepper": 99.4})) == [False, True, True]
     assert kept(quantization.promises(table(answers=98.3), {"pepper": 99.4})) == [True, False, True]
+
+
+def test_a_model_that_learned_no_rounding_is_judged_by_the_best():
+    rows = [replace(row, model="lessons") for row in table(gptq=0.36)]
+    (bound,) = quantization.promises(rows, {"lessons": 40.0})
+    assert bound.kept
+    assert "gptq-descent" in bound.name
+    assert bound.value == pytest.approx(0.324)
 
 
 def test_a_peer_that_is_better_or_quicker_misses_a_bound():
