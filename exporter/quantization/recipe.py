@@ -4,6 +4,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,12 +100,32 @@ def find_recipe(name: str) -> Recipe:
     >>> find_recipe("hexagon-w4a16").rules[-1].scheme
     'w4a16'
     """
-    shipped = sorted(path.stem for path in SHIPPED.glob("*.toml"))
+    shipped = shipped_recipes()
     if name in shipped:
         return read_recipe(SHIPPED / f"{name}.toml")
     if not Path(name).suffix and not Path(name).exists():
         raise RecipeError(f"there is no recipe {name!r}: use one of {', '.join(shipped)}, or a TOML file")
     return read_recipe(Path(name))
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that are shipped, in order."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def recipe_text(name: str) -> str:
+    """The TOML file of a recipe that is shipped; RecipeError names those there are."""
+    if name not in shipped_recipes():
+        raise RecipeError(
+            f"there is no recipe {name!r} among those that are shipped: use one of {', '.join(shipped_recipes())}"
+        )
+    return (SHIPPED / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def purpose(text: str) -> str:
+    """What a recipe's file says that it is for: the comment at its head."""
+    head = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ") for line in head)
 
 
 def read_recipe(path: Path) -> Recipe:
