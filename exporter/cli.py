@@ -80,7 +80,7 @@ CalibrationOption = Annotated[
     Path | None,
     typer.Option(
         "--calibration",
-        help="For gptq, w8a16 and w4a16: a .txt or .jsonl file of the model's kind of text.",
+        help="For gptq, w8a16 and w4a16: a .txt or .jsonl file of the model's kind of text; self: the model writes it.",
         dir_okay=False,
     ),
 ]

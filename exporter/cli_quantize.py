@@ -68,7 +68,9 @@ def quantize(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            "--calibration", help="A .txt or .jsonl file of the model's kind of text.", dir_okay=False
+            "--calibration",
+            help="A .txt or .jsonl file of the model's kind of text; self: the model writes it.",
+            dir_okay=False,
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,

@@ -131,7 +131,12 @@ def _calibrate(source: Checkpoint, plan: Plan, stage: Staging, progress: Progres
         return not_found
     from exporter.quantization.streaming import quantize_layers
 
-    sequences = calibration_sequences(source, plan.context, plan.calibration)
+    def write(_: Path) -> list[list[int]]:
+        return calibration_sequences(source, plan.context, plan.calibration, progress=progress)
+
+    sequences = stage.step(
+        "calibration text", write
+    )  # which the model may have written itself, token by token
     return quantize_layers(source, plan.decisions, sequences, plan.context, stage.workspace(), progress)
 
 

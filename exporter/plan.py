@@ -28,7 +28,7 @@ from exporter.formats import (
 from exporter.npu import ane, hexagon
 from exporter.npu.hexagon_plan import Compilation, Wishes, compilation
 from exporter.quantization.algorithms import DEFAULT, TABLE_DEFAULT, find_algorithm
-from exporter.quantization.calibration import text_digest, text_name
+from exporter.quantization.calibration import text_digest, text_kind, text_name
 from exporter.quantization.recipe import Decision, Fit, Recipe, calibrated
 from exporter.quantization.scheme import Scheme, parse_scheme
 from profiles import Chip, Device
@@ -626,8 +626,8 @@ def _algorithms(decisions: Mapping[str, Decision]) -> Iterator[Choice]:
 def _calibration(decisions: Mapping[str, Decision], texts: Path | None) -> Iterator[Choice]:
     """The text that weights are calibrated on, where they are."""
     if calibrated(decisions):
-        why = "the layers' activations on it say which weights matter: Korean, English, code and numbers, or for "
-        why += "pepper what it was trained on; the model runs on it here, layer by layer"
+        why = f"the layers' activations on it say which weights matter: {text_kind(texts)}; the model runs on it here, "
+        why += "layer by layer"
         yield Choice(topic="calibration", value=text_name(texts), reason=why)
 
 

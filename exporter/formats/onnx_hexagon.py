@@ -40,7 +40,7 @@ def write_hexagon(
 
     progress("find ranges of activations", 0, 0)
     most = int(min(MOST, max(2 * CHUNK, WORK / arch.parameters)))
-    sequences = calibration_sequences(source, context, compilation.calibration, most)
+    sequences = calibration_sequences(source, context, compilation.calibration, most, progress)
     ranges = calibrate(arch, weights, sequences, context, chunk)
     progress("write graphs for the NPU", 0, 0)
     entries = onnx_qdq.write_qdq(arch, weights, ranges, context, folder, chunk, parts)

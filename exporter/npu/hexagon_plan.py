@@ -9,7 +9,7 @@ import profiles
 from exporter.architecture import Architecture
 from exporter.errors import PlanRefused, UsageError
 from exporter.npu import hexagon
-from exporter.quantization.calibration import text_name
+from exporter.quantization.calibration import text_kind, text_name
 from exporter.quantization.scheme import Scheme
 from profiles import Chip, Device
 from runtimes.bundle import Choice
@@ -63,8 +63,8 @@ class Compilation:
             why += f"; layers {', '.join(f'{part.start}-{part.stop - 1}' for part in self.parts)}"
         yield Choice(topic="graphs", value=f"{len(self.parts)} for each entry point", reason=why)
         if self.route == hexagon.QUANTIZED:
-            why = "the range of each activation is found on it before, in Korean, English and code, or for pepper on "
-            why += "what it was trained on; the KV cache has 8 bits"
+            why = f"the range of each activation is found on it before: {text_kind(self.calibration)}; "
+            why += "the KV cache has 8 bits"
             yield Choice(topic="calibration", value=text_name(self.calibration), reason=why)
         if self.wishes.allow_cpu_ops:
             why = "as asked for: operations that the NPU does not take may run on the CPU"

@@ -3,26 +3,30 @@ than a chunk long."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import RecipeError
-from exporter.tokenizer import TOKENIZER, read_text_side
+from exporter.tokenizer import TOKENIZER, TextSide, read_text_side
 from runtimes.chat import ChatTemplate, Message
 from runtimes.tokenizer import Tokenizer
 
 TEXTS = Path(__file__).parent / "calibration.jsonl"  # Korean, English, code, numbers and chat
 LONGEST = 512  # tokens of a sequence
+SELF = Path("self")  # in place of a file: the model writes the text itself (see `quantization.self_text`)
 FEWEST = 128  # tokens of a text that says anything
 MOST = 16_384  # tokens in all: more than these move no range by much, and no Hessian
 _PEPPER_TURNS = (*(1,) * 48, *(2, 3) * 6, 12)  # of each of pepper's conversations, which are short
 
 
 def text_digest(texts: Path | None) -> str | None:
-    """SHA-256 of the user's text, None if there is none; RecipeError if it cannot be read."""
+    """SHA-256 of the user's text, None if there is none, "self" for the model's own; RecipeError if it cannot be
+    read."""
+    if texts == SELF:
+        return str(SELF)
     try:
         return hashlib.sha256(texts.read_bytes()).hexdigest() if texts else None
     except OSError as error:
@@ -31,27 +35,45 @@ def text_digest(texts: Path | None) -> str | None:
 
 def text_name(texts: Path | None) -> str:
     """What a plan calls it."""
+    if texts == SELF:
+        return "the model's own text"
     return texts.name if texts else "the text that is shipped"
 
 
+def text_kind(texts: Path | None) -> str:
+    """What it consists of, for a plan's reasons."""
+    if texts == SELF:
+        return "what the float model writes from its likeliest beginnings on (LLM-QAT, arXiv 2305.17888)"
+    return (
+        "the text that was given" if texts else "Korean, English, code, or for pepper what it was trained on"
+    )
+
+
 Conversation = Sequence[Message]
+Progress = Callable[[str, int, int], None]
 
 
 def calibration_sequences(
-    checkpoint: Checkpoint, context: int, texts: Path | None = None, most: int = MOST
+    checkpoint: Checkpoint,
+    context: int,
+    texts: Path | None = None,
+    most: int = MOST,
+    progress: Progress = lambda what, done, total: None,
 ) -> list[list[int]]:
     """Token ids of at most `context` tokens each, `most` in all.
 
     `texts`: a .txt file, or a .jsonl file with a line {"text": ...} or {"messages": [...]} for each; without, pepper
     is given what it was trained on, and other models what is shipped. Short texts are joined, so that most sequences
-    are long. RecipeError if a file is not as described.
+    are long. `SELF` has the model write them, which takes as long as its answers do. RecipeError if a file is not as
+    described.
     """
+    if texts == SELF:
+        from exporter.quantization.self_text import write_texts  # here: it needs torch
+
+        return write_texts(checkpoint, context, most, progress)
     side = read_text_side(checkpoint)
     tokenizer = Tokenizer(side.folder / TOKENIZER)
-    template = None
-    if side.chat_template is not None:
-        bos, eos = tokenizer.token(side.tokens.bos), tokenizer.token(side.tokens.eos[0])
-        template = ChatTemplate(side.chat_template, bos_token=bos, eos_token=eos)
+    template = chat_template(side, tokenizer)
 
     def encode(document: str | Conversation) -> list[int]:
         if isinstance(document, str):
@@ -67,6 +89,14 @@ def calibration_sequences(
     else:
         sequences = _joined(map(encode, read_texts(texts or TEXTS)), longest)
     return list(_cut(sequences, most))
+
+
+def chat_template(side: TextSide, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """What turns become a text by, where the model has it."""
+    if side.chat_template is None:
+        return None
+    bos, eos = tokenizer.token(side.tokens.bos), tokenizer.token(side.tokens.eos[0])
+    return ChatTemplate(side.chat_template, bos_token=bos, eos_token=eos)
 
 
 def require_tokens(lengths: Iterable[int]) -> None:
