@@ -30,7 +30,13 @@ def text_digest(texts: Path | None) -> str | None:
     try:
         return hashlib.sha256(texts.read_bytes()).hexdigest() if texts else None
     except OSError as error:
-        raise RecipeError(f"calibration text {texts} cannot be read: {error.strerror}") from None
+        raise _unreadable(texts, error) from None
+
+
+def _unreadable(path: Path | None, error: OSError) -> RecipeError:
+    return RecipeError(
+        f"calibration text {path} cannot be read ({error.strerror}): give a .txt or .jsonl file, or self"
+    )
 
 
 def text_name(texts: Path | None) -> str:
@@ -111,9 +117,14 @@ def require_tokens(lengths: Iterable[int]) -> None:
 def read_texts(path: Path) -> Iterator[str | Conversation]:
     """The documents of a .txt or .jsonl file; RecipeError tells the line that is none."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"calibration text {path} cannot be read: {error}") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"calibration text {path} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}): save it "
+            "as UTF-8, or convert it (iconv -f CP949 -t UTF-8, or from UTF-16)"
+        ) from None
     if path.suffix != ".jsonl":
         yield from filter(None, (paragraph.strip() for paragraph in text.split("\n\n")))
         return

@@ -20,7 +20,7 @@ from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint
 from exporter.errors import UsageError
 from exporter.quantization.algorithms import DEFAULT
-from exporter.quantization.calibration import LONGEST, calibration_sequences, text_digest
+from exporter.quantization.calibration import LONGEST, calibration_sequences, require_tokens, text_digest
 from exporter.quantization.recipe import Decision, Recipe, Rule
 from exporter.quantization.scheme import parse_scheme
 from exporter.staging import working_for, write_whole
@@ -135,7 +135,9 @@ def quantize(
     with working_for(output, fingerprint, force) as work:
 
         def read(_: Path) -> list[list[int]]:
-            return calibration_sequences(source, min(arch.context, LONGEST), calibration, TOKENS, progress)
+            found = calibration_sequences(source, min(arch.context, LONGEST), calibration, TOKENS, progress)
+            require_tokens(map(len, found))
+            return found
 
         sequences = work.step("calibration text", read)
         effects = measure_effects(source, ways, sequences, work, measure, progress)

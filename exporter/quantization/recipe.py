@@ -134,9 +134,21 @@ def read_recipe(path: Path) -> Recipe:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         return Recipe.model_validate(data)
     except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from None
+        raise RecipeError(
+            f"recipe {path} cannot be read ({error.strerror}): give a TOML file, or one of `gochu recipes`"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not TOML: {error}") from None
+        raise RecipeError(
+            f"recipe {path} is not TOML in UTF-8 ({error}): see `gochu recipes show portable-int4` for one that is"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise RecipeError(f"recipe {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        place = ".".join(map(str, first["loc"]))
+        keys = ", ".join((Rule if len(first["loc"]) > 1 else Recipe).model_fields)
+        if first["type"] == "extra_forbidden":
+            wrong = f"there is no key {place}: use {keys}"
+        elif first["type"] == "missing":
+            wrong = f"{place} is missing: a recipe has name and rules, a rule at least match and scheme"
+        else:
+            wrong = f"{place}: {first['msg']}; see `gochu recipes show portable-int4` for one that is right"
+        raise RecipeError(f"recipe {path}: {wrong}") from None
