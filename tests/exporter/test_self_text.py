@@ -51,6 +51,16 @@ def test_every_family_writes_by_its_own_probabilities(family, checkpoints):
     assert not torch.equal(drawn, logits[:, 40:63].amax(-1).flatten())  # from there on not the likeliest
 
 
+def test_a_text_does_not_go_on_ending():
+    """As pepper would, which learned answers alone, and never what comes behind one."""
+    texts = write("pepper", 40, 400)
+    with open_checkpoint("pepper") as source:
+        (end,) = read_text_side(source).tokens.eos
+    assert sum(text.count(end) for text in texts) > 10
+    assert not any(one == other == end for text in texts for one, other in pairwise(text))
+    assert not any(end in text[:6] for text in texts)
+
+
 def test_it_is_always_the_same_however_weights_are_held(checkpoints, monkeypatch):
     folder = checkpoints.folder("qwen2")
     told: list[tuple[str, int, int]] = []
