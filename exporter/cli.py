@@ -55,7 +55,7 @@ AlgorithmOption = Annotated[
 RecipeOption = Annotated[
     str | None,
     typer.Option(
-        help="Which tensor gets which scheme: a TOML file, or one that is shipped (hexagon-w4a16, hexagon-w8a16)."
+        help="Which tensor gets which scheme: a TOML file, or one that is shipped (see `gochu recipes`)."
     ),
 ]
 ContextOption = Annotated[int | None, typer.Option(help="Tokens that the graph can hold (default: planned).")]
@@ -80,7 +80,8 @@ CalibrationOption = Annotated[
     Path | None,
     typer.Option(
         "--calibration",
-        help="For gptq, awq, smoothquant, w8a16 and w4a16: a .txt or .jsonl file of the model's kind of text.",
+        help="For gptq, awq, smoothquant, w8a16 and w4a16: a .txt or .jsonl file of the model's kind of text; self: the "
+        "model writes it.",
         dir_okay=False,
     ),
 ]

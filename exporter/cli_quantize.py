@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,11 +24,24 @@ Examples:
 
   gochu export pepper --recipe recipe.toml -o out/
 """
+_RECIPES = """List the recipes that are shipped, or print one: the start of one's own.
+
+Examples:
+
+  gochu recipes
+
+  gochu recipes --json
+
+  gochu recipes show portable-int4-gptq > mine.toml
+
+  gochu export pepper --recipe portable-int4-gptq -o out/
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command(help=_QUANTIZE)(quantize)
+    app.command(help=_RECIPES)(recipes)
 
 
 def quantize(
@@ -55,7 +68,9 @@ def quantize(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            "--calibration", help="A .txt or .jsonl file of the model's kind of text.", dir_okay=False
+            "--calibration",
+            help="A .txt or .jsonl file of the model's kind of text; self: the model writes it.",
+            dir_okay=False,
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
@@ -87,7 +102,7 @@ def quantize(
             progress=progress,
         )
     if as_json:
-        print(json.dumps({"output": str(output), **mixed.to_dict()}, ensure_ascii=False, indent=2))
+        _print_json({"output": str(output), **mixed.to_dict()})
         return
     _show(mixed, output)
 
@@ -101,3 +116,46 @@ def _show(mixed: "Mixed", output: Path) -> None:
         f"try: gochu export --recipe {output}",
         markup=False,
     )
+
+
+def recipes(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[show NAME]", help="Print the TOML of this one.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON value on standard output, and no tables.")
+    ] = False,
+) -> None:
+    from exporter import console
+    from exporter.errors import UsageError
+    from exporter.quantization.recipe import find_recipe, purpose, recipe_text, shipped_recipes
+
+    if words:
+        if len(words) != 2 or words[0] != "show":
+            raise UsageError(
+                "`gochu recipes` lists those that are shipped, and `gochu recipes show NAME` prints one, such as "
+                "`gochu recipes show portable-int4`"
+            )
+        text = recipe_text(words[1])
+        if as_json:
+            _print_json(find_recipe(words[1]).model_dump(mode="json"))
+        else:
+            print(text, end="")
+        return
+    found = [
+        {
+            "name": name,
+            "purpose": purpose(recipe_text(name)),
+            "schemes": list(dict.fromkeys(rule.scheme for rule in find_recipe(name).rules)),
+            "algorithms": list(dict.fromkeys(rule.algorithm for rule in find_recipe(name).rules)),
+        }
+        for name in shipped_recipes()
+    ]
+    if as_json:
+        _print_json(found)
+    else:
+        console.show_recipes(found)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2))

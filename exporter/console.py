@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -165,6 +165,15 @@ def show_mixed(mixed: "Mixed") -> None:
     table = _table("Weights, by nats of KL divergence a bit", "tensor", "class", "scheme", "nats", "why")
     for row in mixed.rows():
         table.add_row(row["tensor"], row["class"], row["scheme"], f"{row['nats']:.2e}", row["reason"])
+    console.print(table)
+
+
+def show_recipes(found: Iterable[dict[str, Any]]) -> None:
+    """The recipes that are shipped: what each is for, the schemes in it, and how they are found."""
+    table = _table("Recipes", "recipe", "schemes", "by", "what it is for")
+    for recipe in found:
+        columns = (", ".join(recipe[key]) for key in ("schemes", "algorithms"))
+        table.add_row(recipe["name"], *columns, escape(recipe["purpose"]))
     console.print(table)
 
 

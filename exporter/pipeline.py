@@ -154,7 +154,11 @@ def _calibrate(
         return weights, not_found
     from exporter.quantization.streaming import quantize_layers
 
-    sequences = calibration_sequences(source, plan.context, plan.calibration)
+    def write(_: Path) -> list[list[int]]:
+        return calibration_sequences(source, plan.context, plan.calibration, progress=progress)
+
+    # A step, since the model may write the text itself, token by token
+    sequences = stage.step("calibration text", write)
     work, finding = stage.workspace(), finder(plan.recipe.prepare)
     found = quantize_layers(weights, plan.decisions, sequences, plan.context, work, progress, finding)
     return Scaled(weights, found.scales) if finding else weights, found

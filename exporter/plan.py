@@ -20,7 +20,7 @@ from exporter.formats import APPLE_GPU, FORMATS, HEXAGON, NEURAL_ENGINE, XNNPACK
 from exporter.npu import ane, hexagon
 from exporter.npu.hexagon_plan import Compilation, Wishes, compilation
 from exporter.quantization.algorithms import DEFAULT, find_algorithm
-from exporter.quantization.calibration import text_digest, text_name
+from exporter.quantization.calibration import text_digest, text_kind, text_name
 from exporter.quantization.preparation import PREPARATIONS, finder, prepared_architecture, refuse_idle
 from exporter.quantization.recipe import Decision, Recipe, calibrated
 from exporter.quantization.scheme import parse_scheme
@@ -686,8 +686,8 @@ def _calibrates(recipe: Recipe, decisions: Mapping[str, Decision]) -> bool:
 
 def _calibration(texts: Path | None) -> Iterator[Choice]:
     """The text that weights are calibrated on."""
-    why = "the layers' activations on it say which weights matter: Korean, English, code and numbers, or for "
-    why += "pepper what it was trained on; the model runs on it here, layer by layer"
+    why = f"the layers' activations on it say which weights matter: {text_kind(texts)}; the model runs on it here, "
+    why += "layer by layer"
     yield choice("calibration", text_name(texts), "calibration", reason=why)
 
 

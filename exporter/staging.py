@@ -44,6 +44,10 @@ class Staging:
         """Forget all steps: the next one begins anew."""
         self._steps.clear()
 
+    def is_empty(self) -> bool:
+        """Whether there is nothing here that a rerun could go on with."""
+        return not self._steps and files_in(self.folder) <= {_LOCK}
+
     def is_done(self, name: str) -> bool:
         """Whether an earlier run made this step, and its files are intact."""
         done = self._steps.get(name)
@@ -151,7 +155,13 @@ def _locked(output: Path, fingerprint: Any) -> Iterator[Staging]:
                 raise OutputError(
                     f"another export is writing {output}: wait for it or choose another folder"
                 ) from None
-            yield Staging(folder, digest)
+            stage = Staging(folder, digest)
+            try:
+                yield stage
+            except BaseException:
+                if stage.is_empty():
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
     except OSError as error:
         raise OutputError(
             f"{output} could not be written ({error.strerror or error}): free space or choose another folder; "

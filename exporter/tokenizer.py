@@ -14,6 +14,7 @@ from runtimes.errors import BundleError
 from runtimes.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
+_SAID = "USER'S-TURN"  # in place of a user's words
 _FILES = (  # what runtimes and their tokenizer libraries look for beside the model
     TOKENIZER,
     "tokenizer_config.json",
@@ -110,6 +111,13 @@ class Encoder:
         return self.tokenizer.encode(
             self._template.render([{"role": "user", "content": text}]), add_special=False
         )
+
+    def opening(self) -> list[int]:
+        """What stands before a user's words in a conversation's first turn; [] where the model has no template."""
+        if self._template is None:
+            return []
+        before, said, _ = self._template.render([{"role": "user", "content": _SAID}]).partition(_SAID)
+        return self.tokenizer.encode(before, add_special=False) if said else []
 
 
 def find_probes(tokenizer: Tokenizer, template: str | None, tokens: Tokens) -> Iterable[Probe]:

@@ -11,7 +11,7 @@ from exporter.formats.onnx_static import CHUNK, write_embedding, write_static
 from exporter.formats.onnx_weights import OnnxWeights
 from exporter.npu.hexagon import QUANTIZED
 from exporter.npu.hexagon_plan import Compilation
-from exporter.quantization.calibration import MOST, calibration_sequences
+from exporter.quantization.calibration import MOST, calibration_sequences, require_tokens
 from runtimes.bundle import EntryPoint
 
 SHARE = 4  # a chunk is at most this part of the context: more of a prompt's last chunk would be padding
@@ -43,7 +43,8 @@ def write_hexagon(
 
     progress("find ranges of activations", 0, 0)
     most = int(min(MOST, max(2 * CHUNK, WORK / arch.parameters)))
-    sequences = calibration_sequences(source, context, compilation.calibration, most)
+    sequences = calibration_sequences(source, context, compilation.calibration, most, progress)
+    require_tokens(map(len, sequences))
     ranges = calibrate(arch, weights, sequences, context, chunk)
     progress("write graphs for the NPU", 0, 0)
     entries = onnx_qdq.write_qdq(arch, weights, ranges, context, folder, chunk, parts)

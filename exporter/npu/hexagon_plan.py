@@ -9,7 +9,7 @@ import profiles
 from exporter.architecture import Architecture
 from exporter.errors import PlanRefused, UsageError
 from exporter.npu import hexagon
-from exporter.quantization.calibration import text_name
+from exporter.quantization.calibration import text_kind, text_name
 from exporter.quantization.scheme import Scheme
 from exporter.routes import choice
 from profiles import Chip, Device
@@ -65,8 +65,8 @@ class Compilation:
         value = f"{len(self.parts)} for each entry point"
         yield choice("graphs", value, "hexagon-graph-bytes", reason=why)
         if self.route == hexagon.QUANTIZED:
-            why = "the range of each activation is found on it before, in Korean, English and code, or for pepper on "
-            why += "what it was trained on; the KV cache has 8 bits"
+            why = f"the range of each activation is found on it before: {text_kind(self.calibration)}; "
+            why += "the KV cache has 8 bits"
             yield choice("calibration", text_name(self.calibration), "calibration", reason=why)
         if self.wishes.allow_cpu_ops:
             why = "as asked for: operations that the NPU does not take may run on the CPU"

@@ -3,7 +3,7 @@ than a chunk long. And those that judge what came of it, which are others."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from runtimes.chat import Message
 TEXTS = Path(__file__).parent / "calibration.jsonl"  # Korean, English, code, numbers and chat
 HELD_OUT = TEXTS.with_name("held_out.jsonl")  # of the same kinds, and none of them there
 LONGEST = 512  # tokens of a sequence
+SELF = Path("self")  # in place of a file: the model writes the text itself (see `quantization.self_text`)
 FEWEST = 128  # tokens of a text that says anything
 MOST = 16_384  # tokens in all: more than these move no range by much, and no Hessian
 _PEPPER_TURNS = (*(1,) * 48, *(2, 3) * 6, 12)  # of each of pepper's conversations, which are short
@@ -23,30 +24,60 @@ _PEPPER_HELD_OUT = 1200  # questions: more tokens than are ever asked for
 
 
 def text_digest(texts: Path | None) -> str | None:
-    """SHA-256 of the user's text, None if there is none; RecipeError if it cannot be read."""
+    """SHA-256 of the user's text, None if there is none, "self" for the model's own; RecipeError if it cannot be
+    read."""
+    if texts == SELF:
+        return str(SELF)
     try:
         return hashlib.sha256(texts.read_bytes()).hexdigest() if texts else None
     except OSError as error:
-        raise RecipeError(f"calibration text {texts} cannot be read: {error.strerror}") from None
+        raise _unreadable(texts, error) from None
+
+
+def _unreadable(path: Path | None, error: OSError) -> RecipeError:
+    return RecipeError(
+        f"calibration text {path} cannot be read ({error.strerror}): give a .txt or .jsonl file, or self"
+    )
 
 
 def text_name(texts: Path | None) -> str:
     """What a plan calls it."""
+    if texts == SELF:
+        return "the model's own text"
     return texts.name if texts else "the text that is shipped"
 
 
+def text_kind(texts: Path | None) -> str:
+    """What it consists of, for a plan's reasons."""
+    if texts == SELF:
+        return "what the float model writes from its likeliest beginnings on (LLM-QAT, arXiv 2305.17888)"
+    return (
+        "the text that was given" if texts else "Korean, English, code, or for pepper what it was trained on"
+    )
+
+
 Conversation = Sequence[Message]
+Progress = Callable[[str, int, int], None]
 
 
 def calibration_sequences(
-    checkpoint: Checkpoint, context: int, texts: Path | None = None, most: int = MOST
+    checkpoint: Checkpoint,
+    context: int,
+    texts: Path | None = None,
+    most: int = MOST,
+    progress: Progress = lambda what, done, total: None,
 ) -> list[list[int]]:
     """Token ids of at most `context` tokens each, `most` in all.
 
     `texts`: a .txt file, or a .jsonl file with a line {"text": ...} or {"messages": [...]} for each; without, pepper
     is given what it was trained on, and other models what is shipped. Short texts are joined, so that most sequences
-    are long. RecipeError if a file is not as described.
+    are long. `SELF` has the model write them, which takes as long as its answers do. RecipeError if a file is not as
+    described.
     """
+    if texts == SELF:
+        from exporter.quantization.self_text import write_texts  # here: it needs torch
+
+        return write_texts(checkpoint, context, most, progress)
     encode = Encoder(read_text_side(checkpoint)).document
     longest = min(context, LONGEST)
     sequences: Iterator[list[int]]
@@ -83,9 +114,14 @@ def require_tokens(lengths: Iterable[int]) -> None:
 def read_texts(path: Path) -> Iterator[str | Conversation]:
     """The documents of a .txt or .jsonl file; RecipeError tells the line that is none."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"calibration text {path} cannot be read: {error}") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"calibration text {path} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}): save it "
+            "as UTF-8, or convert it (iconv -f CP949 -t UTF-8, or from UTF-16)"
+        ) from None
     if path.suffix != ".jsonl":
         yield from filter(None, (paragraph.strip() for paragraph in text.split("\n\n")))
         return

@@ -20,7 +20,7 @@ from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint
 from exporter.errors import UsageError
 from exporter.quantization.algorithms import DEFAULT
-from exporter.quantization.calibration import LONGEST, calibration_sequences, text_digest
+from exporter.quantization.calibration import LONGEST, calibration_sequences, require_tokens, text_digest
 from exporter.quantization.recipe import Decision, Recipe, Rule
 from exporter.quantization.scheme import parse_scheme
 from exporter.staging import working_for, write_whole
@@ -119,7 +119,8 @@ def quantize(
     """Write a recipe of `target_bits` a weight on average to `output`, a TOML file that an export takes.
 
     Every weight has `scheme` by `algorithm`, or is raised to `raise_to`. `measure`: see `quantization.sensitivity`;
-    on `calibration` (.txt or .jsonl) or, without, the text that is shipped. A run that was cut off goes on where it
+    on `calibration` (.txt or .jsonl, or
+    `calibration.SELF`) or, without, the text that is shipped. A run that was cut off goes on where it
     was. UsageError for bits that the two schemes cannot give; otherwise raises as `measure_effects`.
     """
     from exporter.quantization.sensitivity import TOKENS, measure_effects  # which needs torch
@@ -132,7 +133,13 @@ def quantize(
     check_bits(arch, ways, target_bits, (scheme, raise_to))
     fingerprint = [source.fingerprint(), scheme, raise_to, measure, algorithm, text_digest(calibration)]
     with working_for(output, fingerprint, force) as work:
-        sequences = calibration_sequences(source, min(arch.context, LONGEST), calibration, TOKENS)
+
+        def read(_: Path) -> list[list[int]]:
+            found = calibration_sequences(source, min(arch.context, LONGEST), calibration, TOKENS, progress)
+            require_tokens(map(len, found))
+            return found
+
+        sequences = work.step("calibration text", read)
         effects = measure_effects(source, ways, sequences, work, measure, progress)
         weights = _weights(arch, ways, effects)
         raised = choose(weights, target_bits)

@@ -4,6 +4,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,12 +104,32 @@ def find_recipe(name: str) -> Recipe:
     >>> find_recipe("hexagon-w4a16").rules[-1].scheme
     'w4a16'
     """
-    shipped = sorted(path.stem for path in SHIPPED.glob("*.toml"))
+    shipped = shipped_recipes()
     if name in shipped:
         return read_recipe(SHIPPED / f"{name}.toml")
     if not Path(name).suffix and not Path(name).exists():
         raise RecipeError(f"there is no recipe {name!r}: use one of {', '.join(shipped)}, or a TOML file")
     return read_recipe(Path(name))
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that are shipped, in order."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def recipe_text(name: str) -> str:
+    """The TOML file of a recipe that is shipped; RecipeError names those there are."""
+    if name not in shipped_recipes():
+        raise RecipeError(
+            f"there is no recipe {name!r} among those that are shipped: use one of {', '.join(shipped_recipes())}"
+        )
+    return (SHIPPED / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def purpose(text: str) -> str:
+    """What a recipe's file says that it is for: the comment at its head."""
+    head = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ") for line in head)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -117,9 +138,21 @@ def read_recipe(path: Path) -> Recipe:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         return Recipe.model_validate(data)
     except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from None
+        raise RecipeError(
+            f"recipe {path} cannot be read ({error.strerror}): give a TOML file, or one of `gochu recipes`"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not TOML: {error}") from None
+        raise RecipeError(
+            f"recipe {path} is not TOML in UTF-8 ({error}): see `gochu recipes show portable-int4` for one that is"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise RecipeError(f"recipe {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        place = ".".join(map(str, first["loc"]))
+        keys = ", ".join((Rule if len(first["loc"]) > 1 else Recipe).model_fields)
+        if first["type"] == "extra_forbidden":
+            wrong = f"there is no key {place}: use {keys}"
+        elif first["type"] == "missing":
+            wrong = f"{place} is missing: a recipe has name and rules, a rule at least match and scheme"
+        else:
+            wrong = f"{place}: {first['msg']}; see `gochu recipes show portable-int4` for one that is right"
+        raise RecipeError(f"recipe {path}: {wrong}") from None

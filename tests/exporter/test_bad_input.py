@@ -208,6 +208,184 @@ def test_recipe_that_is_not_toml(folder, refused, tmp_path):
     refused(3, "is not TOML", "export", folder, "--recipe", tmp_path / "r.toml", "-o", tmp_path / "out")
 
 
+RULES = '[[rules]]\nmatch = "*"\nscheme = "int4"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f'name = "n"\ncolour = 3\n{RULES}', "there is no key colour: use name, rules"),
+        (
+            f'name = "n"\n{RULES}bits = 3\n',
+            "there is no key rules.0.bits: use match, scheme, algorithm, reason",
+        ),
+        (RULES, "name is missing"),
+        ('name = "n"\n[[rules]]\nscheme = "int4"\n', "rules.0.match is missing"),
+        (f"name = 3\n{RULES}", "see `gochu recipes show portable-int4`"),
+        (
+            f'name = "n"\n[[rules]]\nmatch = "layers.99.*"\nscheme = "int8"\n{RULES}',
+            "'layers.99.*' decides nothing",
+        ),
+        ('name = "n"\n[[rules]]\nmatch = "embedding"\nscheme = "int8"\n', "end with a rule for '*'"),
+        (
+            'name = "n"\n[[rules]]\nmatch = "*"\nscheme = "int5"\n',
+            "there is no scheme 'int5': use one of fp32",
+        ),
+        (
+            'name = "n"\n[[rules]]\nmatch = "*"\nscheme = "int4"\nalgorithm = "magic"\n',
+            "no algorithm 'magic': use",
+        ),
+        ('name = "n"\n[[rules]]\nmatch = "*"\nscheme = "pal4"\nalgorithm = "gptq"\n', "gptq finds scales"),
+    ],
+)
+def test_recipes_that_cannot_be_followed(folder, refused, tmp_path, text, says):
+    recipe, out = tmp_path / "레시피.toml", tmp_path / "out"
+    recipe.write_text(text, encoding="utf-8")
+    refused(3, says, "export", folder, "--format", "coreml", "--recipe", recipe, "-o", out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", recipe.name]
+
+
+def test_a_recipe_of_another_encoding(folder, refused, tmp_path):
+    (tmp_path / "r.toml").write_bytes(f'name = "안녕"\n{RULES}'.encode("utf-16"))
+    refused(
+        3, "is not TOML in UTF-8", "export", folder, "--recipe", tmp_path / "r.toml", "-o", tmp_path / "out"
+    )
+    refused(
+        3, "give a TOML file, or one of `gochu recipes`", "export", folder, "--recipe", tmp_path / "no.toml"
+    )
+    refused(3, "no recipe 'int3': use one of ", "export", folder, "--recipe", "int3")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ("--delegate", "ane", "--scheme", "int4"),
+            "takes no scales for groups of inputs (int4): use pal4-g8",
+        ),
+        (("--format", "executorch", "--scheme", "fp16"), "fp16 is none of them: use int8 or fp32"),
+        (("--format", "onnx", "--scheme", "pal4"), "ONNX Runtime has no lookup tables: use int4 or int8"),
+        (("--format", "executorch", "--scheme", "w4a16"), "XNNPACK takes no such graph: use int4"),
+        (("--format", "coreai", "--scheme", "pal3"), "coreai-torch packs no 3 bits): use fp16"),
+        (("--format", "onnx", "--recipe", "ane-palettized4"), "ONNX Runtime has no lookup tables"),
+        (("--format", "coreml", "--recipe", "hexagon-w8a16"), "Core ML takes no such graph: use int8"),
+        (
+            ("--delegate", "qualcomm", "--device", "Galaxy S24 Ultra", "--scheme", "int4"),
+            "takes fp16 only: use --scheme fp16",
+        ),
+    ],
+)
+def test_bits_that_a_target_refuses(folder, refused, tmp_path, options, says):
+    refused(3, says, "export", folder, *options, "-o", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+# calibration texts
+
+CALIBRATED = {
+    "export": ("--scheme", "int4", "--algorithm", "gptq", "--context", 64),
+    "quantize": ("--target-bits", 6.5),
+}
+
+
+@pytest.fixture
+def text_refused(refused, folder, tmp_path) -> Callable[..., None]:
+    """Both commands refuse a calibration text, and write nothing that anyone could take for a result."""
+
+    def run(text: Path, says: str, checkpoint: Path = folder) -> None:
+        for command, options in CALIBRATED.items():
+            out = tmp_path / "outputs" / f"{command}.toml"
+            refused(3, says, command, checkpoint, *options, "--calibration", text, "-o", out)
+            assert not out.exists()
+            assert not list(out.parent.rglob("model.*"))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("빈.txt", b"", "has 0 tokens, and 128 are the fewest that say anything: give a longer one"),
+        ("blank.jsonl", b"\n\n", "has 0 tokens, and 128 are the fewest"),
+        ("short.txt", "고추".encode(), "tokens, and 128 are the fewest"),
+        (
+            "cp949.txt",
+            "작은 고추가 맵다. ".encode("cp949") * 99,
+            "is not UTF-8 (byte 0xc0 at 0): save it as UTF-8",
+        ),
+        (
+            "utf16.txt",
+            ("작은 고추가 맵다. " * 99).encode("utf-16"),
+            "convert it (iconv -f CP949 -t UTF-8, or from UTF-16",
+        ),
+        ("binary.jsonl", bytes(range(256)) * 9, "is not UTF-8 (byte 0x80 at 128)"),
+        ("list.jsonl", b"[1, 2]\n", 'line 1: write {"text": "..."}, or {"messages": [...]}'),
+        ("other.jsonl", b'{"text": "a"}\n{"body": "b"}\n', 'line 2: write {"text": "..."}'),
+        ("turns.jsonl", b'{"messages": [{"role": "user"}]}\n', "with the role and content of each turn"),
+        ("not.jsonl", "작은 고추가 맵다.\n".encode(), 'not.jsonl, line 1: write {"text"'),
+    ],
+)
+def test_calibration_texts_that_say_nothing(text_refused, tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    text_refused(tmp_path / name, says)
+    # a recipe is not even begun
+    assert not [path for path in (tmp_path / "outputs").iterdir() if path.name.startswith(".quantize")]
+
+
+def test_no_calibration_text(text_refused, tmp_path):
+    text_refused(
+        tmp_path / "no.txt", "no.txt cannot be read (No such file or directory): give a .txt or .jsonl file"
+    )
+
+
+def test_a_byte_order_mark_is_no_text(folder, gochu, tmp_path):
+    """Which editors on Windows put before UTF-8."""
+    lines = "".join(json.dumps({"text": f"작은 고추가 맵다. {i}"}) + "\n" for i in range(40))
+    (tmp_path / "t.jsonl").write_bytes(lines.encode("utf-8-sig"))
+    code, _, err = gochu(
+        "quantize",
+        folder,
+        "--target-bits",
+        6.5,
+        "--calibration",
+        tmp_path / "t.jsonl",
+        "-o",
+        tmp_path / "r.toml",
+    )
+    assert code == 0, err
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    (tmp_path / "글.txt").write_text(
+        "\n\n".join(f"작은 고추가 맵다. {i}" for i in range(40)), encoding="utf-8"
+    )
+    return tmp_path / "글.txt"
+
+
+def test_activations_that_become_nan(checkpoints, text_refused, text, tmp_path):
+    model = checkpoints.write(tmp_path / "overflowing", FAMILY)
+    model.model.layers[1].post_attention_layernorm.weight.data *= 1e30
+    model.save_pretrained(tmp_path / "overflowing")
+    text_refused(text, "became NaN or infinite on the calibration text", tmp_path / "overflowing")
+
+
+def test_a_hessian_that_is_not_positive_definite(folder, refused, text, tmp_path, monkeypatch):
+    """None that is summed up of real inputs is indefinite, so the sum is taken with the wrong sign here."""
+    from exporter.quantization import streaming
+
+    original = streaming._hessians
+    monkeypatch.setattr(
+        streaming,
+        "_hessians",
+        lambda *given: {names: -1e6 * hessian for names, hessian in original(*given).items()},
+    )
+    options = (*CALIBRATED["export"], "--calibration", text, "-o", tmp_path / "out")
+    says = "inputs is not positive definite even with 1 times its mean diagonal added: give a longer calibration text"
+    assert "layers.0.attention.q" in refused(3, says, "export", folder, *options)
+    assert not (tmp_path / "out").exists()
+
+
 # outputs
 
 

@@ -213,6 +213,10 @@ def test_the_calibration_text_can_be_the_users(tmp_path, gochu):
     assert code in (2, 3)
     text.write_text('{"text": "23 더하기 45는?"}\n', encoding="utf-8")
     code, _, err = gochu(*arguments, text)
+    assert code == 3
+    assert "tokens, and 128 are the fewest that say anything" in err
+    text.write_text('{"text": "23 더하기 45는?"}\n' * 40, encoding="utf-8")
+    code, _, err = gochu(*arguments, text)
     assert code == 0, err
     assert any(choice.value == "text.jsonl" for choice in Bundle.open(tmp_path / "out").manifest.plan)
 

@@ -104,7 +104,21 @@ def test_the_command_line_answers_without_heavy_libraries(arguments):
 
 @pytest.mark.parametrize(
     "command",
-    ["export", "plan", "devices", "run", "bench", "verify", "inspect", "score", "target", "quality"],
+    [
+        "export",
+        "plan",
+        "quantize",
+        "recipes",
+        "devices",
+        "run",
+        "bench",
+        "verify",
+        "inspect",
+        "score",
+        "target",
+        "quality",
+        "fit",
+    ],
 )
 def test_every_command_has_examples_in_its_help(command, gochu):
     code, out, err = gochu(command, "--help")
