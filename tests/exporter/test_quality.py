@@ -1,5 +1,6 @@
 """The quality report against transformers and torch's own divergence, on checkpoints and bundles."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -336,3 +337,13 @@ def test_where_nothing_can_be_written(option, value, said, gochu, tmp_path, monk
     assert (code, out) == (2, "")
     assert said in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("module", "extra"), [("torch", "onnx"), ("onnx", "onnx")])
+def test_what_is_not_installed_is_named(module, extra, gochu, bundles, checkpoints, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else found(name))
+    code, out, err = gochu("quality", checkpoints.folder("qwen2"), bundles("qwen2").path)
+    assert (code, out) == (5, "")
+    assert err.startswith(f"gochu: {module} is not installed")
+    assert f"gochu[{extra}]" in err
