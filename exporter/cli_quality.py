@@ -81,6 +81,9 @@ def quality(
         bool, typer.Option("--json", help="Print one JSON value on standard output, and no tables.")
     ] = False,
 ) -> None:
+    from runtimes import extras
+
+    extras.check("torch", "onnx")
     from exporter import console
     from exporter.errors import UsageError
     from exporter.quality import compare

@@ -166,18 +166,17 @@ def compare(
         raise UsageError("there is nothing to compare with: give a second model, or --scheme or --recipe")
     with ExitStack() as stack:
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        wanted = Wanted(recipe, calibration, activations)
-        theirs = open_side(
-            first if second is None else second,
-            wanted,
-            stack,
-            folder,
-            variant=variant,
-            revision=revision,
-            progress=progress,
-        )
-        ours = open_side(first, Wanted(), stack, folder, revision=revision)
-        sequences = text_for(ours, theirs, text, tokens)
+        wanted, other = Wanted(recipe, calibration, activations), first if second is None else second
+
+        def opened(path: str | os.PathLike[str], wanted: Wanted, variant: str | None = None) -> Side:
+            return open_side(
+                path, wanted, stack, folder, variant=variant, revision=revision, progress=progress
+            )
+
+        ours, theirs = opened(first, Wanted()), opened(other, Wanted(), variant)
+        sequences = text_for(ours, theirs, text, tokens)  # before anything that takes long
+        if wanted != Wanted():
+            theirs = opened(other, wanted, variant)
         found = compare_sides(ours, theirs, sequences, text.name if text else "held out", progress)
         if questions is None:
             questions = QUESTIONS if {ours.source, theirs.source} == {"pepper"} else 0
@@ -258,7 +257,8 @@ class _Figures:
     """Of each token: the divergence, whether the likeliest next token is the same, and both models' loss in nats."""
 
     def __init__(self, rows: Sequence[Iterator[Tensor]], targets: Tensor, progress: Progress) -> None:
-        kl, same, losses, done = [], [], ([], []), 0  # type: ignore[var-annotated]
+        kl, same, done = list[Tensor](), list[Tensor](), 0
+        losses: tuple[list[Tensor], list[Tensor]] = ([], [])
         for ours, theirs in zip(*rows, strict=True):
             wanted, found = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
             kl.append((wanted.exp() * (wanted - found)).sum(-1))

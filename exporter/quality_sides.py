@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from exporter.architecture import Architecture, read_architecture
 from exporter.checkpoint import Checkpoint, open_checkpoint, read_json
 from exporter.errors import UsageError
+from exporter.formats import find_format
 from exporter.quantization.calibration import LONGEST, calibration_sequences, text_digest
 from exporter.quantization.recipe import Decision, Recipe, calibrated
 from exporter.quantization.streaming import quantize_layers
@@ -20,6 +21,7 @@ from exporter.staging import Staging
 from exporter.stored import stored_weights
 from exporter.tokenizer import TextSide, bundled_text_side, read_text_side
 from exporter.torch_ops import ROUNDINGS, TorchOps
+from runtimes import extras
 from runtimes.bundle import MANIFEST, Bundle, Variant
 from runtimes.engines import Engine, choose_variant, open_engine
 
@@ -169,8 +171,11 @@ def _quantized(
 
 
 def _bundle(bundle: Bundle, name: str | None) -> Side:
-    """A bundle's variant that runs here: its own weights, and its own engine."""
+    """A bundle's variant that runs here: its own weights, and its own engine; MissingExtra if that is not installed."""
     variant, _ = choose_variant(bundle, name)
+    form = find_format(variant.format)
+    for library in form.libraries:
+        extras.check(library, form.extra)
 
     def engine(context: int) -> Engine:
         return open_engine(bundle, variant.name, context=context)

@@ -1,5 +1,6 @@
 """The quality report against transformers and torch's own divergence, on checkpoints and bundles."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -86,11 +87,12 @@ def watched(model: Any, ids: list[list[int]]) -> dict[str, list[torch.Tensor]]:
     return seen
 
 
-def test_figures_are_those_of_transformers_and_torch(family, checkpoints, noisy, text):
-    folder, model = noisy(family)
-    found = compare(checkpoints.folder(family), folder, text=text, tokens=TOKENS)
+@pytest.mark.parametrize("name", ["gemma2", "llama-biases", "phi3-longrope", "qwen2-window-yarn"])
+def test_figures_are_those_of_transformers_and_torch(name, checkpoints, noisy, text):
+    folder, model = noisy(name)
+    found = compare(checkpoints.folder(name), folder, text=text, tokens=TOKENS)
     ids = sequences(folder, text)
-    ours, theirs = watched(checkpoints.model(family), ids), watched(model, ids)
+    ours, theirs = watched(checkpoints.model(name), ids), watched(model, ids)
     wanted, got = (torch.cat([x[0, :-1] for x in seen["logits"]]).log_softmax(-1) for seen in (ours, theirs))
     kl = functional.kl_div(got, wanted, reduction="none", log_target=True).sum(-1)
     assert found.tokens == len(kl) == sum(map(len, ids)) - len(ids)
@@ -110,7 +112,7 @@ def test_figures_are_those_of_transformers_and_torch(family, checkpoints, noisy,
         assert layer.output_db == pytest.approx(ratio(ours[f"layer {i}"], theirs[f"layer {i}"]), abs=0.05)
     tensors = {tensor.name: tensor for tensor in found.tensors}
     for i in range(len(found.layers)):
-        a, b = (m.model.layers[i].mlp.down_proj for m in (checkpoints.model(family), model))
+        a, b = (m.model.layers[i].mlp.down_proj for m in (checkpoints.model(name), model))
         row, inputs = tensors[f"layers.{i}.mlp.down"], ours[f"down {i}"]
         assert row.weights_db == pytest.approx(ratio([a.weight.detach()], [b.weight.detach()]), abs=0.01)
         with torch.no_grad():
@@ -246,11 +248,12 @@ def one_sentence(caught: Any) -> str:
         ({}, "nothing to compare"),
         ({"algorithm": "gptq"}, "give --scheme or --recipe"),
         ({"scheme": "int4", "activations": "abacus"}, "use one of float, onnxruntime, executorch"),
-        ({"scheme": "int4", "tokens": 20}, "the text has 20 tokens"),
+        ({"scheme": "int4", "algorithm": "gptq", "tokens": 20}, "the text has 20 tokens"),
         ({"scheme": "int4", "variant": "onnx-int4"}, "has no variants"),
     ],
 )
-def test_what_cannot_be_compared(arguments, said, checkpoints):
+def test_what_cannot_be_compared(arguments, said, checkpoints, monkeypatch):
+    monkeypatch.setattr("exporter.quality_sides.quantize_layers", pytest.fail)  # it is known before
     with pytest.raises(UsageError) as caught:
         compare(checkpoints.folder("qwen2"), **arguments)
     assert said in one_sentence(caught)
@@ -336,3 +339,13 @@ def test_where_nothing_can_be_written(option, value, said, gochu, tmp_path, monk
     assert (code, out) == (2, "")
     assert said in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("module", "extra"), [("torch", "onnx"), ("onnx", "onnx")])
+def test_what_is_not_installed_is_named(module, extra, gochu, bundles, checkpoints, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else found(name))
+    code, out, err = gochu("quality", checkpoints.folder("qwen2"), bundles("qwen2").path)
+    assert (code, out) == (5, "")
+    assert err.startswith(f"gochu: {module} is not installed")
+    assert f"gochu[{extra}]" in err
