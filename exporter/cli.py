@@ -80,8 +80,8 @@ CalibrationOption = Annotated[
     Path | None,
     typer.Option(
         "--calibration",
-        help="For gptq, awq, smoothquant, w8a16 and w4a16: a .txt or .jsonl file of the model's kind of text; self: the "
-        "model writes it.",
+        help="For what is found on a text (gptq, clip, qat, awq, smoothquant, w8a16, w4a16): a .txt or .jsonl file of "
+        "the model's kind; self: the model writes it.",
         dir_okay=False,
     ),
 ]
