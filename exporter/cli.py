@@ -49,7 +49,7 @@ SchemeOption = Annotated[
 AlgorithmOption = Annotated[
     str,
     typer.Option(
-        help="How integers are found: rtn (least error), rtn-absmax; gptq, gptq-act-order (on a calibration text)."
+        help="How integers are found: rtn (least error), rtn-absmax; gptq, gptq-act-order, qat (on a calibration text)."
     ),
 ]
 RecipeOption = Annotated[
@@ -80,9 +80,13 @@ CalibrationOption = Annotated[
     Path | None,
     typer.Option(
         "--calibration",
-        help="For gptq, w8a16 and w4a16: a .txt or .jsonl file of the model's kind of text.",
+        help="For gptq, qat, w8a16 and w4a16: a .txt or .jsonl file of the model's kind of text.",
         dir_okay=False,
     ),
+]
+QatStepsOption = Annotated[
+    int | None,
+    typer.Option("--qat-steps", help="How many steps --algorithm qat trains (default: 100).", min=0),
 ]
 SplitOption = Annotated[
     bool, typer.Option("--split/--no-split", help="Cut a model that is too large for one graph of the NPU.")
@@ -123,6 +127,7 @@ def export(
     allow_cpu_ops: CpuOpsOption = False,
     split: SplitOption = True,
     calibration: CalibrationOption = None,
+    qat_steps: QatStepsOption = None,
     revision: RevisionOption = None,
     verify: Annotated[
         bool,
@@ -148,6 +153,7 @@ def export(
             delegate=delegate,
             wishes=_wishes(chips, split, allow_cpu_ops),
             calibration=calibration,
+            qat_steps=qat_steps,
             revision=revision,
             verify=verify,
             force=force,
@@ -193,6 +199,7 @@ def plan(
     allow_cpu_ops: CpuOpsOption = False,
     split: SplitOption = True,
     calibration: CalibrationOption = None,
+    qat_steps: QatStepsOption = None,
     revision: RevisionOption = None,
     as_json: Json = False,
 ) -> None:
@@ -211,6 +218,7 @@ def plan(
             delegate=delegate,
             wishes=_wishes(chips, split, allow_cpu_ops),
             calibration=calibration,
+            qat_steps=qat_steps,
         )
     if as_json:
         _print_json({"checkpoint": source.name, **made.to_dict()})

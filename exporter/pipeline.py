@@ -15,7 +15,7 @@ from exporter.gate import verify as run_gate
 from exporter.npu.hexagon_plan import Wishes
 from exporter.plan import Plan, make_plan
 from exporter.quantization.calibration import calibration_sequences
-from exporter.quantization.recipe import Recipe, calibrated
+from exporter.quantization.recipe import Recipe, calibrated, starting
 from exporter.quantization.weights import Found, QuantizedWeights, not_found
 from exporter.staging import Staging, discard, files_in, staging, write_whole
 from exporter.tokenizer import TextSide, read_text_side
@@ -53,6 +53,7 @@ def export(
     delegate: str | None = None,
     wishes: Wishes | None = None,
     calibration: Path | None = None,
+    qat_steps: int | None = None,
     verify: bool = True,
     force: bool = False,
     progress: Progress = lambda what, done, total: None,
@@ -60,8 +61,9 @@ def export(
     """Export a checkpoint (folder, repository id, or "pepper") to a bundle at `output`, for a device.
 
     What is not given (scheme, format, context in tokens) is planned for the device. `delegate`, `wishes`: what computes
-    beside the CPU; `calibration`: a .txt or .jsonl file of the model's kind of text, for what is found on one (see
-    `exporter.plan.make_plan`). Without `verify` the bundle says of itself that it is unverified.
+    beside the CPU; `calibration`: a .txt or .jsonl file of the model's kind of text, for what is found on one, and
+    `qat_steps`, how long algorithm "qat" trains on it (see `exporter.plan.make_plan`). Without `verify` the bundle says
+    of itself that it is unverified.
     Every error is a GochuError; after one there is no bundle at `output`, or the one that was there before.
     """
     with open_checkpoint(checkpoint, revision) as source:
@@ -77,6 +79,7 @@ def export(
             delegate=delegate,
             wishes=wishes,
             calibration=calibration,
+            qat_steps=qat_steps,
         )
         _require_libraries(plan, verify)
         text = read_text_side(source)
@@ -126,13 +129,25 @@ def _require_libraries(plan: Plan, verify: bool) -> None:
 
 
 def _calibrate(source: Checkpoint, plan: Plan, stage: Staging, progress: Progress) -> Found:
-    """Find the weights whose algorithm needs a calibration text, layer by layer; an earlier run's layers are kept."""
+    """Find the weights whose algorithm needs a calibration text, layer by layer, and train those that are to be; an
+    earlier run's layers and training steps are kept."""
     if not calibrated(plan.decisions):
         return not_found
+    if plan.training:
+        plan.training.refuse_if_too_large()
     from exporter.quantization.streaming import quantize_layers
 
     sequences = calibration_sequences(source, plan.context, plan.calibration)
-    return quantize_layers(source, plan.decisions, sequences, plan.context, stage.workspace(), progress)
+    first, found, work = starting(plan.decisions), not_found, stage.workspace()
+    if calibrated(first):
+        found = quantize_layers(source, first, sequences, plan.context, work, progress)
+    if not plan.training:
+        return found
+    from exporter.quantization.qat import train
+
+    steps = plan.training.steps
+    sequences = calibration_sequences(source, plan.context, plan.calibration, training=True)
+    return train(source, plan.decisions, found, sequences, plan.context, steps, work, progress)
 
 
 def _write_variant(

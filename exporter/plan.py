@@ -31,6 +31,7 @@ from exporter.quantization.algorithms import DEFAULT, TABLE_DEFAULT, find_algori
 from exporter.quantization.calibration import text_digest, text_name
 from exporter.quantization.recipe import Decision, Fit, Recipe, calibrated
 from exporter.quantization.scheme import Scheme, parse_scheme
+from exporter.quantization.training import Training, plan_training
 from profiles import Chip, Device
 from runtimes.bundle import Choice
 from runtimes.predict import Decoder, Prediction, Weight, predict
@@ -92,7 +93,8 @@ class Plan:
     `device` is None for this computer. `decisions`: canonical tensor name -> scheme and algorithm.
     `delegates`: which compute an ExecuTorch program, a variant for each, the preferred first; `context`: tokens
     that the graph can hold. `warnings`: what the user should know before it starts. `compilation`: what an NPU's
-    compiler is told, where one is used here; `calibration`: the user's text for what is calibrated.
+    compiler is told, where one is used here; `calibration`: the user's text for what is calibrated; `training`: how
+    long weights are trained, where they are.
     """
 
     device: Device | None
@@ -109,6 +111,7 @@ class Plan:
     warnings: tuple[str, ...]
     compilation: Compilation | None = None
     calibration: Path | None = None
+    training: Training | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """All that determines the exported files, as JSON: equal plans of one model write equal files.
@@ -125,6 +128,7 @@ class Plan:
             "context": self.context,
             "last_logits_only": self.last_logits_only,
             "calibration": text_digest(self.calibration),
+            "training_steps": self.training.steps if self.training else None,
             "compilation": self.compilation.fingerprint() if self.compilation else None,
         }
 
@@ -156,20 +160,21 @@ def make_plan(
     delegate: str | None = None,
     wishes: Wishes | None = None,
     calibration: Path | None = None,
+    qat_steps: int | None = None,
 ) -> Plan:
     """Decide what is not given, and refuse what cannot be.
 
     `device`: a name, model code or chip that `profiles.find` knows; None plans for this computer, without a
     memory budget. `context` in tokens. `delegate`: what computes instead of the CPU, which it falls back to;
     `wishes`: what is asked of its compiler, for delegate "hexagon". `calibration`: a text in place of the one that is
-    shipped, for what is calibrated.
+    shipped, for what is calibrated. `qat_steps`: how long algorithm "qat" trains.
 
     Raises:
         PlanRefused: the model does not fit the device's app memory as asked (the message says what would), or
             the context is not one that the model can have, or the engine cannot run its attention.
         RecipeError: no such scheme or algorithm, or a recipe that does not fit the model.
-        UsageError: a recipe together with a scheme or an algorithm; no such format or delegate; a calibration text
-            that nothing needs.
+        UsageError: a recipe together with a scheme or an algorithm; no such format or delegate; a calibration text,
+            or training steps, that nothing needs.
         UnknownDevice, AmbiguousDevice: see `profiles.find`.
     """
     target = profiles.find(device) if device is not None else None
@@ -217,9 +222,9 @@ def make_plan(
             "--calibration is for what is found on a text, gptq's weights and Hexagon's ranges of w8a16 and w4a16, and "
             "nothing here is: drop it, or ask for --algorithm gptq"
         )
-    plan = replace(
-        plan, calibration=calibration, choices=(*plan.choices, *_calibration(plan.decisions, calibration))
-    )
+    training = plan_training(arch, plan.decisions, qat_steps)
+    found_on_text = (*_calibration(plan.decisions, calibration), *(training.choices() if training else ()))
+    plan = replace(plan, calibration=calibration, training=training, choices=(*plan.choices, *found_on_text))
     if HEXAGON not in delegates:
         return plan
     weights = {name: decision.scheme for name, decision in plan.decisions.items()}

@@ -75,13 +75,8 @@ def quantize_layers(
     that became NaN, and for what an algorithm refuses.
     """
     arch = source.architecture
-    sequences = [sequence[:context] for sequence in sequences if sequence]
+    sequences = usable(sequences, context)
     lengths = list(map(len, sequences))
-    if sum(lengths) < FEWEST:
-        raise RecipeError(
-            f"the calibration text has {sum(lengths)} tokens, and {FEWEST} are the fewest that say anything: give a "
-            "longer one"
-        )
     layers = 1 + max(int(name.split(".")[1]) for name in calibrated(decisions))  # those behind need no inputs
     total = (2 * layers - 1) * sum(lengths)
     figures: dict[str, Any] = {}
@@ -111,6 +106,17 @@ def quantize_layers(
 
         figures |= work.step(_LAYER.format(i), make, spent=[_STATES.format(i)])
     return FoundWeights(work.folder, decisions, figures)
+
+
+def usable(sequences: Iterable[Sequence[int]], context: int) -> list[Sequence[int]]:
+    """Those of the sequences that are not empty, cut to `context` tokens; RecipeError if they are too few tokens."""
+    cut = [sequence[:context] for sequence in sequences if sequence]
+    if (tokens := sum(map(len, cut))) < FEWEST:
+        raise RecipeError(
+            f"the calibration text has {tokens} tokens, and {FEWEST} are the fewest that say anything: give a "
+            "longer one"
+        )
+    return cut
 
 
 def _resumes(work: Staging, layers: int) -> bool:

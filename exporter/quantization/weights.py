@@ -16,6 +16,7 @@ from exporter.quantization.rtn import Quantized
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor, vector_digest
 from exporter.quantization.threads import threads
+from exporter.safetensors import to_float32
 from runtimes.bundle import TensorReport
 
 # Relative squared error above which a weight is not quantized but lost. Rounding alone stays below: 128 weights
@@ -129,6 +130,49 @@ class QuantizedWeights:
 
         self._reports[name] = threads().submit(report)
         return values
+
+
+class SourceWeights:
+    """A checkpoint's weights as they are, in float32, read when asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def scheme(self, name: str) -> Scheme:
+        """Float32."""
+        return Scheme(32)
+
+    def matrix(self, name: str) -> QuantizedTensor:
+        """A weight matrix, float32."""
+        matrix = self._checkpoint.matrix(name)
+        values = to_float32(matrix.rows(0, matrix.shape[0]))
+        return QuantizedTensor(name, Scheme(32), matrix.shape, values)
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A norm's weight or a bias."""
+        return self._checkpoint.vector(name)
+
+
+class KeptWeights:
+    """Other weights, whose matrices are asked for once and then kept."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._matrices: dict[str, QuantizedTensor] = {}
+
+    def scheme(self, name: str) -> Scheme:
+        """What a weight matrix is."""
+        return self._weights.scheme(name)
+
+    def matrix(self, name: str) -> QuantizedTensor:
+        """A weight matrix."""
+        if name not in self._matrices:
+            self._matrices[name] = self._weights.matrix(name)
+        return self._matrices[name]
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A norm's weight or a bias."""
+        return self._weights.vector(name)
 
 
 class FloatWeights:
