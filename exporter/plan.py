@@ -31,7 +31,7 @@ from exporter.quantization.algorithms import DEFAULT, TABLE_DEFAULT, find_algori
 from exporter.quantization.calibration import text_digest, text_name
 from exporter.quantization.recipe import Decision, Fit, Recipe, calibrated
 from exporter.quantization.scheme import Scheme, parse_scheme
-from exporter.quantization.training import Training, plan_training
+from exporter.quantization.training import Training, gb, plan_training
 from profiles import Chip, Device
 from runtimes.bundle import Choice
 from runtimes.predict import Decoder, Prediction, Weight, predict
@@ -439,8 +439,8 @@ def _refusal(
     needed = _ladder(arch, device, form, recipe, contexts[-1:])[0]
     found = (
         f"the model ({_count(arch.parameters)} parameters) at {recipe.name} with a context of {needed.context} tokens "
-        f"needs {_gb(needed.prediction.memory.value)}, but on {device.name} it may use {_gb(budget)} "
-        f"({_without_sources(device.app_memory_reason)}; {_gb(APP_BYTES)} stay for the app)"
+        f"needs {gb(needed.prediction.memory.value)}, but on {device.name} it may use {gb(budget)} "
+        f"({_without_sources(device.app_memory_reason)}; {gb(APP_BYTES)} stay for the app)"
     )
     powers = [1 << power for power in range(CONTEXTS[-1].bit_length() - 1, arch.context.bit_length())]
     every = tuple(sorted({arch.context, *powers}, reverse=True))
@@ -465,7 +465,7 @@ def _refusal(
     size = int(arch.parameters * budget / least.prediction.memory.value)
     return (
         f"{found}: no scheme makes it fit ({least.recipe.name} with {least.context} tokens needs "
-        f"{_gb(least.prediction.memory.value)}), take a model of up to about {_count(size)} parameters"
+        f"{gb(least.prediction.memory.value)}), take a model of up to about {_count(size)} parameters"
     )
 
 
@@ -513,13 +513,13 @@ def _plan(
         choices.append(
             Choice(
                 topic="memory",
-                value=f"{_gb(needed)} of {_gb(budget)}",
-                reason=f"{device.app_memory_reason}; {_gb(APP_BYTES)} stay for the app",
+                value=f"{gb(needed)} of {gb(budget)}",
+                reason=f"{device.app_memory_reason}; {gb(APP_BYTES)} stay for the app",
             )
         )
         if share > TIGHT:
             warnings.append(
-                f"tight: {_gb(needed)} is {share:.0%} of the {_gb(budget)} that the model may use on {device.name}; "
+                f"tight: {gb(needed)} is {share:.0%} of the {gb(budget)} that the model may use on {device.name}; "
                 "a shorter context leaves more"
             )
     return Plan(
@@ -711,10 +711,6 @@ def _cores(chip: Chip) -> str:
         return f"one for each core of the {chip.name}"
     listed = " and ".join(f"{cluster.count} {cluster.core} cores" for cluster in slow)
     return f"one for each fast core of the {chip.name}; {listed} would hold them up"
-
-
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
 
 
 def _count(parameters: int) -> str:

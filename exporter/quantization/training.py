@@ -33,10 +33,10 @@ class Training:
         rest = self.nbytes - self.for_weights
         why = (
             f"each on up to {TOKENS} tokens of the calibration text; while it is trained, a weight takes {_A_WEIGHT} "
-            f"bytes (itself, its gradient and Adam's two moments), {_gb(self.for_weights)} in all, and {_gb(rest)} are "
+            f"bytes (itself, its gradient and Adam's two moments), {gb(self.for_weights)} in all, and {gb(rest)} are "
             "for one layer's weights and values, the teacher's head and torch"
         )
-        value = f"{self.steps} steps, about {_gb(self.nbytes)} of memory on this computer"
+        value = f"{self.steps} steps, about {gb(self.nbytes)} of memory on this computer"
         yield Choice(topic="training", value=value, reason=why)
 
     def refuse_if_too_large(self) -> None:
@@ -44,8 +44,8 @@ class Training:
         free = available()
         if free is not None and self.nbytes > free:
             raise PlanRefused(
-                f"training takes about {_gb(self.nbytes)} of memory, of which {_gb(self.for_weights)} are {_A_WEIGHT} "
-                f"bytes for each trained weight, and {_gb(free)} are free here: use --algorithm gptq, which needs one "
+                f"training takes about {gb(self.nbytes)} of memory, of which {gb(self.for_weights)} are {_A_WEIGHT} "
+                f"bytes for each trained weight, and {gb(free)} are free here: use --algorithm gptq, which needs one "
                 "layer in memory, or a machine with more"
             )
 
@@ -78,5 +78,10 @@ def plan_training(
     return Training(STEPS if steps is None else steps, for_weights + rest, for_weights)
 
 
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.1f} GB"
+def gb(nbytes: float) -> str:
+    """Bytes as a plan writes them.
+
+    >>> gb(3_210_000_000), gb(41_000_000)
+    ('3.2 GB', '41 MB')
+    """
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
