@@ -23,12 +23,11 @@ from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.pepper.questions import Question, held_out
 from exporter.pepper.score import score
 from exporter.pepper.train import conversations as pepper_texts
-from exporter.quantization.folding import Scaled
-from exporter.quantization.preparation import finder, prepared
-from exporter.quantization.recipe import Recipe, calibrated
-from exporter.quantization.streaming import quantize_layers
+from exporter.quantization.preparation import prepared_architecture
+from exporter.quantization.recipe import Recipe
+from exporter.quantization.stage import quantize
 from exporter.quantization.tensor import QuantizedTensor
-from exporter.quantization.weights import FloatWeights, Found, QuantizedWeights, not_found
+from exporter.quantization.weights import FloatWeights, QuantizedWeights
 from exporter.staging import Staging
 from exporter.tokenizer import TOKENIZER, read_text_side
 from exporter.torch_ops import TorchOps
@@ -98,16 +97,13 @@ class Subject:
         `source`: another checkpoint of the same model, whose weights another library found.
         """
         start = time.perf_counter()
-        given = prepared(source or self.source, recipe.prepare)
-        decisions, finding = recipe.resolve(given.architecture), finder(recipe.prepare)
+        given = source or self.source
+        decisions = recipe.resolve(prepared_architecture(given.architecture, recipe.prepare))
         with tempfile.TemporaryDirectory() as work:
-            found: Found = not_found
-            if finding or calibrated(decisions):
-                staging = Staging(Path(work), "")
-                layers = quantize_layers(
-                    given, decisions, self.sequences, CONTEXT, staging, preparation=finding
-                )
-                given, found = Scaled(given, layers.scales) if finding else given, layers
+            staging = Staging(Path(work), "")
+            given, found = quantize(
+                given, recipe, decisions, lambda training: self.sequences, CONTEXT, staging
+            )
             made = QuantizedWeights(given, decisions, found=found)
             kept = Kept(made, given.architecture)
             for name in decisions:

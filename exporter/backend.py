@@ -39,6 +39,7 @@ class Asked:
     wishes: Wishes = field(default_factory=Wishes)
     calibration: Path | None = None
     prepare: tuple[str, ...] = ()
+    qat_steps: int | None = None
 
     @property
     def prepared(self) -> tuple[str, ...]:

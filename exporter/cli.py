@@ -49,7 +49,7 @@ SchemeOption = Annotated[
 AlgorithmOption = Annotated[
     str,
     typer.Option(
-        help="How integers are found: rtn (least error), rtn-absmax; gptq, gptq-act-order (on a calibration text)."
+        help="How integers are found: rtn (least error), rtn-absmax; gptq, gptq-act-order, qat (on a calibration text)."
     ),
 ]
 RecipeOption = Annotated[
@@ -91,6 +91,10 @@ PrepareOption = Annotated[
         metavar="NAME[,NAME]",
         help="What is done to the float weights before: hadamard; awq or smoothquant (on a calibration text).",
     ),
+]
+QatStepsOption = Annotated[
+    int | None,
+    typer.Option("--qat-steps", help="How many steps --algorithm qat trains (default: 100).", min=0),
 ]
 SplitOption = Annotated[
     bool, typer.Option("--split/--no-split", help="Cut a model that is too large for one graph of the NPU.")
@@ -135,6 +139,7 @@ def export(
     split: SplitOption = True,
     calibration: CalibrationOption = None,
     prepare: PrepareOption = "",
+    qat_steps: QatStepsOption = None,
     revision: RevisionOption = None,
     verify: Annotated[
         bool,
@@ -170,6 +175,7 @@ def export(
             wishes=_wishes(chips, split, allow_cpu_ops),
             calibration=calibration,
             prepare=_names(prepare),
+            qat_steps=qat_steps,
             revision=revision,
             verify=verify,
             bounds=QualityBounds(max_kl, min_agreement),
@@ -217,6 +223,7 @@ def plan(
     split: SplitOption = True,
     calibration: CalibrationOption = None,
     prepare: PrepareOption = "",
+    qat_steps: QatStepsOption = None,
     revision: RevisionOption = None,
     as_json: Json = False,
 ) -> None:
@@ -236,6 +243,7 @@ def plan(
         wishes=_wishes(chips, split, allow_cpu_ops),
         calibration=calibration,
         prepare=_names(prepare),
+        qat_steps=qat_steps,
     )
     if as_json:
         _print_json({"checkpoint": name, **made.to_dict()})

@@ -19,10 +19,10 @@ from exporter.npu.hexagon_plan import Wishes
 from exporter.plan import Plan, make_plan
 from exporter.quality_gate import QualityBounds, hold
 from exporter.quantization.calibration import calibration_sequences
-from exporter.quantization.folding import Scaled
-from exporter.quantization.preparation import finder, prepared
+from exporter.quantization.preparation import prepared_architecture
 from exporter.quantization.recipe import Recipe
-from exporter.quantization.weights import Found, QuantizedWeights, not_found
+from exporter.quantization.stage import quantize
+from exporter.quantization.weights import Found, QuantizedWeights
 from exporter.staging import Staging, discard, files_in, staging, write_whole
 from exporter.tokenizer import TextSide, read_text_side
 from runtimes import extras
@@ -61,6 +61,7 @@ def export(
     wishes: Wishes | None = None,
     calibration: Path | None = None,
     prepare: tuple[str, ...] = (),
+    qat_steps: int | None = None,
     verify: bool = True,
     bounds: QualityBounds | None = None,
     force: bool = False,
@@ -69,9 +70,10 @@ def export(
     """Export a checkpoint (folder, repository id, or "pepper") to a bundle at `output`, for a device.
 
     What is not given (scheme, format, context in tokens) is planned for the device. `delegate`, `wishes`: what computes
-    beside the CPU; `calibration`: a .txt or .jsonl file of the model's kind of text, for what is found on one;
-    `prepare`: what is done to the weights before (see `exporter.plan.make_plan`). Without `verify` the bundle says of
-    itself that it is unverified; `bounds`: how far from the float checkpoint it may be, to which the gate holds it.
+    beside the CPU; `calibration`: a .txt or .jsonl file of the model's kind of text, for what is found on one, and
+    `qat_steps`, how long algorithm "qat" trains on it; `prepare`: what is done to the weights before (see
+    `exporter.plan.make_plan`). Without `verify` the bundle says of itself that it is unverified; `bounds`: how far from
+    the float checkpoint it may be, to which the gate holds it.
     Every error is a GochuError; after one there is no bundle at `output`, or the one that was there before.
     """
     if bounds and not verify:
@@ -89,15 +91,15 @@ def export(
             wishes=wishes,
             calibration=calibration,
             prepare=prepare,
+            qat_steps=qat_steps,
         )
         _require_libraries(plan, verify)
         text = read_text_side(source)
         fingerprint = [source.fingerprint(), plan.fingerprint(), text.fingerprint(), _version()]
         with staging(Path(output), fingerprint, force) as stage:
-            weights = prepared(source, plan.recipe.prepare)
-            arch = weights.architecture
+            arch = prepared_architecture(source.architecture, plan.recipe.prepare)
             stage.step("text", lambda folder: _write_text_side(source, arch, text, folder))
-            weights, found = _calibrate(source, weights, plan, stage, progress)
+            weights, found = _quantize(source, plan, stage, progress)
             made = []
             for part in _cpu_first(plan):
 
@@ -145,23 +147,23 @@ def _require_libraries(plan: Plan, verify: bool) -> None:
         extras.check(ENGINES[plan.engine].library, ENGINES[plan.engine].extra)
 
 
-def _calibrate(
-    source: Checkpoint, weights: Source, plan: Plan, stage: Staging, progress: Progress
-) -> tuple[Source, Found]:
-    """Find what a calibration text is needed for, layer by layer: scales, with which the weights are returned, and
-    those weights whose algorithm asks for it; an earlier run's layers are kept."""
-    if not plan.calibrates:
-        return weights, not_found
-    from exporter.quantization.streaming import quantize_layers
+def _quantize(source: Checkpoint, plan: Plan, stage: Staging, progress: Progress) -> tuple[Source, Found]:
+    """The stage before all formats: weights as they are quantized, and what is found of them on a calibration text."""
+    if plan.training:
+        plan.training.refuse_if_too_large()
 
-    def write(_: Path) -> list[list[int]]:
-        return calibration_sequences(source, plan.context, plan.calibration, progress=progress)
+    def texts(training: bool) -> Any:
+        def write(_: Path) -> list[list[int]]:
+            return calibration_sequences(
+                source, plan.context, plan.calibration, progress=progress, training=training
+            )
 
-    # A step, since the model may write the text itself, token by token
-    sequences = stage.step("calibration text", write)
-    work, finding = stage.workspace(), finder(plan.recipe.prepare)
-    found = quantize_layers(weights, plan.decisions, sequences, plan.context, work, progress, finding)
-    return Scaled(weights, found.scales) if finding else weights, found
+        # A step, since the model may write the text itself, token by token
+        return stage.step("training text" if training else "calibration text", write)
+
+    steps = plan.training.steps if plan.training else 0
+    work = stage.workspace()
+    return quantize(source, plan.recipe, plan.decisions, texts, plan.context, work, progress, steps)
 
 
 def _write_variant(

@@ -24,6 +24,7 @@ from exporter.quantization.calibration import text_digest, text_kind, text_name
 from exporter.quantization.preparation import PREPARATIONS, finder, prepared_architecture, refuse_idle
 from exporter.quantization.recipe import Decision, Recipe, calibrated
 from exporter.quantization.scheme import parse_scheme
+from exporter.quantization.training import Training, gb, plan_training
 from exporter.routes import (
     EVERY_COMPILER,
     Facts,
@@ -63,7 +64,8 @@ class Plan:
     `device` is None for this computer. `decisions`: canonical tensor name -> scheme and algorithm.
     `delegates`: which compute an ExecuTorch program, a variant for each, the preferred first; `context`: tokens
     that the graph can hold. `warnings`: what the user should know before it starts. `compilation`: what an NPU's
-    compiler is told, where one is used here; `calibration`: the user's text for what is calibrated.
+    compiler is told, where one is used here; `calibration`: the user's text for what is calibrated; `training`: how
+    long weights are trained, where they are.
     """
 
     device: Device | None
@@ -80,6 +82,7 @@ class Plan:
     warnings: tuple[str, ...]
     compilation: Compilation | None = None
     calibration: Path | None = None
+    training: Training | None = None
 
     @property
     def calibrates(self) -> bool:
@@ -101,6 +104,7 @@ class Plan:
             "context": self.context,
             "last_logits_only": self.last_logits_only,
             "calibration": text_digest(self.calibration),
+            "training_steps": self.training.steps if self.training else None,
             "compilation": self.compilation.fingerprint() if self.compilation else None,
         }
 
@@ -134,6 +138,7 @@ def make_plan(
     wishes: Wishes | None = None,
     calibration: Path | None = None,
     prepare: tuple[str, ...] = (),
+    qat_steps: int | None = None,
 ) -> Plan:
     """Decide what is not given, and refuse what cannot be.
 
@@ -141,19 +146,18 @@ def make_plan(
     memory budget. `context` in tokens. `delegate`: what computes instead of the CPU, which it falls back to;
     `wishes`: what is asked of its compiler, for delegate "hexagon". `calibration`: a text in place of the one that is
     shipped, for what is calibrated. `prepare`: what is done to the weights before (`quantization.preparation`), where
-    the recipe does not say.
+    the recipe does not say. `qat_steps`: how long algorithm "qat" trains.
 
     Raises:
         PlanRefused: the model does not fit the device's app memory as asked (the message says what would), or
             the context is not one that the model can have, or the engine cannot run its attention.
         RecipeError: no such scheme, algorithm or preparation, or a recipe that does not fit the model.
-        UsageError: a recipe together with what it says itself; no such format or delegate; a calibration text that
-            nothing needs.
+        UsageError: a recipe together with what it says itself; no such format or delegate; a calibration text, or
+            training steps, that nothing needs.
         UnknownDevice, AmbiguousDevice: see `profiles.find`.
     """
-    asked = Asked(
-        scheme, algorithm, context, recipe, format, delegate, wishes or Wishes(), calibration, prepare
-    )
+    how = (wishes or Wishes(), calibration, prepare, qat_steps)
+    asked = Asked(scheme, algorithm, context, recipe, format, delegate, *how)
     target = profiles.find(device) if device is not None else None
     return choose(target, arch, asked, compilers())
 
@@ -183,7 +187,9 @@ def choose(
         )
     plan = _chosen(device, arch, asked, facts, blocks, list(refused))
     refuse_idle(asked.prepared, plan.decisions)
-    return replace(plan, choices=(*plan.choices, *_preparations(original, plan)))
+    training = plan_training(arch, plan.decisions, asked.qat_steps)
+    choices = (*plan.choices, *_preparations(original, plan), *_training(training))
+    return replace(plan, training=training, choices=choices)
 
 
 def _require_sense(arch: Architecture, asked: Asked) -> None:
@@ -377,7 +383,7 @@ def _refusal(arch: Architecture, device: Device, possible: Sequence[Way], contex
         device,
         needed,
         f"no scheme makes it fit ({least.recipe.name} with {least.context} tokens needs "
-        f"{_gb(least.prediction.memory.value)}), take a model of up to about {_count(size)} parameters",
+        f"{gb(least.prediction.memory.value)}), take a model of up to about {_count(size)} parameters",
     )
 
 
@@ -391,8 +397,8 @@ def _too_large(arch: Architecture, device: Device, needed: _Candidate, remedy: s
     memory = needed.prediction.memory.value
     return PlanRefused(
         f"the model ({_count(arch.parameters)} parameters) at {needed.recipe.name} with a context of {needed.context} "
-        f"tokens needs {_gb(memory)}, but on {device.name} it may use {_gb(memory_budget(device) or 0)} "
-        f"({_without_sources(device.app_memory_reason)}; {_gb(APP_BYTES)} stay for the app): {remedy}",
+        f"tokens needs {gb(memory)}, but on {device.name} it may use {gb(memory_budget(device) or 0)} "
+        f"({_without_sources(device.app_memory_reason)}; {gb(APP_BYTES)} stay for the app): {remedy}",
         "ram-budget",
         memory,
     )
@@ -490,12 +496,12 @@ def _warnings(
     needed, budget = chosen.prediction.memory.value, memory_budget(device)
     if HEXAGON in way.delegates and (most := _on_cpu(arch, chosen)) > (budget or 0):
         yield (
-            f"the variant for the CPU takes {_gb(most)}, more than {device.name} has for it: there this runs on the "
+            f"the variant for the CPU takes {gb(most)}, more than {device.name} has for it: there this runs on the "
             "NPU or not at all [ram-budget]"
         )
     if budget and needed > TIGHT * budget:
         yield (
-            f"tight: {_gb(needed)} is {needed / budget:.0%} of the {_gb(budget)} that the model may use on "
+            f"tight: {gb(needed)} is {needed / budget:.0%} of the {gb(budget)} that the model may use on "
             f"{device.name}; a shorter context leaves more [ram-tight]"
         )
 
@@ -575,7 +581,7 @@ def _npu(arch: Architecture, device: Device | None, way: Way, context: int) -> I
 def _fallback(arch: Architecture, way: Way, chosen: _Candidate) -> Choice:
     """The variant for whatever cannot run the first one."""
     if HEXAGON in way.delegates:
-        why = f"{entry('fallback-cpu').says}; there it takes {_gb(_on_cpu(arch, chosen))} of memory"
+        why = f"{entry('fallback-cpu').says}; there it takes {gb(_on_cpu(arch, chosen))} of memory"
         return choice("fallback", "CPU (ONNX Runtime)", "fallback-cpu", reason=why)
     if XNNPACK in way.delegates[1:]:
         return choice("fallback", find_delegate(XNNPACK).title, "fallback-cpu")
@@ -611,8 +617,8 @@ def _memory(device: Device | None, chosen: _Candidate) -> Iterator[Choice]:
     if device and (budget := memory_budget(device)):
         needed = chosen.prediction.memory.value
         ids = ("ram-budget", "ram-tight") if needed > TIGHT * budget else ("ram-budget",)
-        why = f"{device.app_memory_reason}; {_gb(APP_BYTES)} stay for the app"
-        yield choice("memory", f"{_gb(needed)} of {_gb(budget)}", *ids, reason=why)
+        why = f"{device.app_memory_reason}; {gb(APP_BYTES)} stay for the app"
+        yield choice("memory", f"{gb(needed)} of {gb(budget)}", *ids, reason=why)
 
 
 def _packages(way: Way, chosen: _Candidate) -> Iterator[Choice]:
@@ -677,6 +683,11 @@ def _preparations(arch: Architecture, plan: Plan) -> Iterator[Choice]:
         made = PREPARATIONS[name]
         reason = "; ".join(filter(None, (made.reason, made.note(arch, plan.decisions))))
         yield choice("preparation", name, "preparation", reason=reason)
+
+
+def _training(training: Training | None) -> Iterator[Choice]:
+    if training:
+        yield choice("training", training.value, "training", reason=training.reason)
 
 
 def _calibrates(recipe: Recipe, decisions: Mapping[str, Decision]) -> bool:
@@ -763,10 +774,6 @@ def _cores(chip: Chip) -> str:
         return f"one for each core of the {chip.name}"
     listed = " and ".join(f"{cluster.count} {cluster.core} cores" for cluster in slow)
     return f"one for each fast core of the {chip.name}; {listed} would hold them up"
-
-
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
 
 
 def _count(parameters: int) -> str:

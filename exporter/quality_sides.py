@@ -14,8 +14,9 @@ from exporter.checkpoint import Checkpoint, open_checkpoint, read_json
 from exporter.errors import UsageError
 from exporter.formats import find_format
 from exporter.quantization.calibration import LONGEST, calibration_sequences, text_digest
-from exporter.quantization.recipe import Decision, Recipe, calibrated
-from exporter.quantization.streaming import quantize_layers
+from exporter.quantization.preparation import prepared_architecture
+from exporter.quantization.recipe import Decision, Recipe
+from exporter.quantization.stage import quantize
 from exporter.quantization.weights import OneLayer, QuantizedWeights, Weights
 from exporter.staging import Staging
 from exporter.stored import stored_weights
@@ -136,14 +137,15 @@ def open_side(
 def checkpoint_side(source: Checkpoint, wanted: Wanted, work: Path, progress: Progress) -> Side:
     """A checkpoint as the reference decoder runs it."""
     recipe = wanted.recipe or Recipe.uniform("fp32")
-    decisions = recipe.resolve(source.architecture)
+    arch = prepared_architecture(source.architecture, recipe.prepare)
+    decisions = recipe.resolve(arch)
     return Side(
         name=source.name,
         what=_described(wanted, decisions),
         source=source.source,
-        arch=source.architecture,
+        arch=arch,
         text=read_text_side(source),
-        weights=_quantized(source, wanted, decisions, work, progress),
+        weights=_quantized(source, recipe, wanted, decisions, work, progress),
         rounds=wanted.activations,
         context=min(LONGEST, source.architecture.context),
     )
@@ -159,15 +161,23 @@ def _described(wanted: Wanted, decisions: dict[str, Decision]) -> str:
 
 
 def _quantized(
-    source: Checkpoint, wanted: Wanted, decisions: dict[str, Decision], work: Path, progress: Progress
+    source: Checkpoint,
+    recipe: Recipe,
+    wanted: Wanted,
+    decisions: dict[str, Decision],
+    work: Path,
+    progress: Progress,
 ) -> Weights:
-    if not calibrated(decisions):
-        return QuantizedWeights(source, decisions)
     context = min(LONGEST, source.architecture.context)
-    sequences = calibration_sequences(source, context, wanted.calibration)
-    made = [source.fingerprint(), sorted(decisions.items()), text_digest(wanted.calibration)]
-    found = quantize_layers(source, decisions, sequences, context, Staging(work, repr(made)), progress)
-    return QuantizedWeights(source, decisions, found=found)
+    made = [source.fingerprint(), recipe.prepare, sorted(decisions.items()), text_digest(wanted.calibration)]
+
+    def texts(training: bool) -> list[list[int]]:
+        return calibration_sequences(
+            source, context, wanted.calibration, progress=progress, training=training
+        )
+
+    given, found = quantize(source, recipe, decisions, texts, context, Staging(work, repr(made)), progress)
+    return QuantizedWeights(given, decisions, found=found)
 
 
 def _bundle(bundle: Bundle, name: str | None) -> Side:

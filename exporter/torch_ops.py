@@ -65,14 +65,18 @@ class TorchOps:
         return normed * torch.tensor(self.weights.vector(weight))
 
     def linear(self, x: Tensor, weight: str) -> Tensor:
-        matrix = self.weights.matrix(weight)
-        if self.rounded != 0 and matrix.scheme.activations == "int8":
-            part = self._round(x[: self.rounded], matrix.scheme.group)
+        scheme = self.weights.scheme(weight)
+        if self.rounded != 0 and scheme.activations == "int8":
+            part = self._round(x[: self.rounded], scheme.group)
             x = torch.cat((part, x[self.rounded :])) if self.rounded is not None else part
-        y = product(x, matrix)
+        y = self.product(x, weight)
         if self.arch.has_bias(weight):
             y = y + torch.tensor(self.weights.vector(weight + ".bias"))
         return y
+
+    def product(self, x: Tensor, weight: str) -> Tensor:
+        """x @ Wᵀ."""
+        return product(x, self.weights.matrix(weight))
 
     def linears(self, x: Tensor, weights: Sequence[str]) -> list[Tensor]:
         return [self.linear(x, weight) for weight in weights]

@@ -18,13 +18,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """How weights become integers or tables, by one of two functions: from the weights alone, or also from the
-    Hessian of their inputs on a calibration text, float32 [inputs, inputs] (see `quantization.streaming`); the latter
-    also gives a note on what it could not do as usual. `reason` is for the plan."""
+    """How weights become integers or tables, in one of three ways: by a function of the weights alone; by one that is
+    also given the Hessian of their inputs on a calibration text, float32 [inputs, inputs] (see
+    `quantization.streaming`), and gives a note on what it could not do as usual; or by training all such weights
+    together on that text (see `quantization.qat`), from what the algorithm `trained_from` finds. `reason` is for the
+    plan."""
 
     reason: str
     from_weights: Callable[[Matrix, Scheme], Quantized] | None = None
     from_hessian: Callable[[Matrix, Scheme, "Tensor"], tuple[Quantized, str]] | None = None
+    trained_from: str = ""
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the model has to run on a calibration text."""
+        return self.from_weights is None
 
 
 def _gptq(
@@ -78,6 +86,12 @@ ALGORITHMS = {
         "QuantEase (Behdin et al. 2023, arXiv 2309.01885): the least error, and the slowest",
         from_hessian=partial(_gptq, act_order=True, sweeps=SWEEPS),
     ),
+    "qat": Algorithm(
+        "GPTQ's integers and scales, trained together so that the model's predictions on the calibration text come as "
+        "near to the float model's as they can: gradients go straight through the rounding (Bengio et al. 2013, arXiv "
+        "1308.3432), the float model is the teacher (Hinton et al. 2015, arXiv 1503.02531)",
+        trained_from="gptq",
+    ),
 }
 TABLE_DEFAULT = "kmeans"
 TABLE_ALGORITHMS = {
@@ -100,7 +114,7 @@ def resolve_algorithm(name: str, scheme: Scheme) -> str:
     """
     name = TABLE_DEFAULT if scheme.table and name == DEFAULT else name
     found = find_algorithm(name, scheme)
-    return DEFAULT if scheme.is_float and found.from_hessian else name  # floats are only converted
+    return DEFAULT if scheme.is_float and found.needs_text else name  # floats are only converted
 
 
 def find_algorithm(name: str, scheme: Scheme) -> Algorithm:

@@ -4,7 +4,7 @@ than a chunk long. And those that judge what came of it, which are others."""
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,14 @@ def calibration_sequences(
     texts: Path | None = None,
     most: int = MOST,
     progress: Progress = lambda what, done, total: None,
+    training: bool = False,
 ) -> list[list[int]]:
     """Token ids of at most `context` tokens each, `most` in all.
 
     `texts`: a .txt file, or a .jsonl file with a line {"text": ...} or {"messages": [...]} for each; without, pepper
     is given what it was trained on, and other models what is shipped. Short texts are joined, so that most sequences
-    are long. `SELF` has the model write them, which takes as long as its answers do. RecipeError if a file is not as
-    described.
+    are long. `SELF` has the model write them, which takes as long as its answers do. `training`: pepper is given all
+    that `most` allows, where Hessians are content with a tenth. RecipeError if a file is not as described.
     """
     if texts == SELF:
         from exporter.quantization.self_text import write_texts  # here: it needs torch
@@ -82,7 +83,7 @@ def calibration_sequences(
     longest = min(context, LONGEST)
     sequences: Iterator[list[int]]
     if texts is None and checkpoint.source == "pepper":
-        sequences = (encode(conversation)[:longest] for conversation in _pepper())
+        sequences = (encode(conversation)[:longest] for conversation in _pepper(endless=training))
     else:
         sequences = _joined(map(encode, read_texts(texts or TEXTS)), longest)
     return list(_cut(sequences, most))
@@ -145,12 +146,12 @@ def _document(line: Any) -> str | Conversation:
     return [{key: turn[key] + "" for key in ("role", "content")} for turn in line["messages"]]
 
 
-def _pepper() -> Iterator[Conversation]:
-    """Questions of pepper's training with their answers, never held-out ones."""
+def _pepper(endless: bool) -> Iterator[Conversation]:
+    """Questions of pepper's training with their answers, never held-out ones; those of Hessians are the first."""
     from exporter.pepper.questions import training
 
     questions = training(seed=1)
-    for turns in _PEPPER_TURNS:
+    for turns in cycle(_PEPPER_TURNS) if endless else _PEPPER_TURNS:
         yield [
             {"role": role, "content": content}
             for question in islice(questions, turns)

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
@@ -89,10 +89,30 @@ class Decision:
 
 
 def calibrated(decisions: Mapping[str, Decision]) -> list[str]:
-    """The weights whose algorithm needs the Hessian of their inputs on a calibration text."""
+    """The weights whose algorithm needs a calibration text."""
     return [
-        name for name, made in decisions.items() if find_algorithm(made.algorithm, made.scheme).from_hessian
+        name for name, made in decisions.items() if find_algorithm(made.algorithm, made.scheme).needs_text
     ]
+
+
+def trained(decisions: Mapping[str, Decision]) -> list[str]:
+    """The weights that are trained."""
+    return [
+        name for name, made in decisions.items() if find_algorithm(made.algorithm, made.scheme).trained_from
+    ]
+
+
+def starting(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
+    """Decisions by which trained weights become what their training starts from: a layer's by the algorithm that
+    `trained_from` names, which needs its inputs, but an embedding that is only looked up by rounding to nearest."""
+    start = dict(decisions)
+    for name in trained(decisions):
+        made = decisions[name]
+        first = find_algorithm(made.algorithm, made.scheme).trained_from
+        start[name] = replace(
+            made, algorithm=DEFAULT if name == "embedding" and "head" in decisions else first
+        )
+    return start
 
 
 SHIPPED = Path(__file__).parent / "recipes"

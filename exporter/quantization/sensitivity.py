@@ -27,7 +27,7 @@ from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint
 from exporter.errors import RecipeError, UsageError
 from exporter.quantization.calibration import require_tokens
-from exporter.quantization.recipe import Decision, Recipe, calibrated
+from exporter.quantization.recipe import Decision, Recipe, calibrated, starting
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.streaming import quantize_layers
 from exporter.quantization.tensor import QuantizedTensor
@@ -75,6 +75,7 @@ def measure_effects(
         )
     require_tokens(map(len, sequences))
     context = max(map(len, sequences))
+    ways = [starting(way) for way in ways]  # of a trained weight what it starts from
     found = [
         quantize_layers(source, way, sequences, context, work.workspace(str(i)), progress)
         if calibrated(way)

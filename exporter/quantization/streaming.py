@@ -98,9 +98,8 @@ def quantize_layers(
     NaN, and for what an algorithm refuses.
     """
     arch = source.architecture
-    sequences = [sequence[:context] for sequence in sequences if sequence]
+    sequences = usable(sequences, context)
     lengths = list(map(len, sequences))
-    require_tokens(lengths)
     needed = calibrated(decisions)
     head = next((name for name in needed if not name.startswith("layers.")), "")
     layers = arch.layers  # or fewer: those behind the last that needs its inputs are not run
@@ -149,6 +148,13 @@ def quantize_layers(
 
         figures |= work.step(_HEAD, make_head, spent=[_STATES.format(layers)])
     return FoundWeights(work.folder, decisions, figures)
+
+
+def usable(sequences: Iterable[Sequence[int]], context: int) -> list[Sequence[int]]:
+    """Those of the sequences that are not empty, cut to `context` tokens; RecipeError if they are too few tokens."""
+    cut = [sequence[:context] for sequence in sequences if sequence]
+    require_tokens(map(len, cut))
+    return cut
 
 
 def _resumes(work: Staging, steps: Sequence[str]) -> bool:

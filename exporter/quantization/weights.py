@@ -16,6 +16,7 @@ from exporter.quantization.rtn import Quantized
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor, vector_digest
 from exporter.quantization.threads import threads
+from exporter.safetensors import to_float32
 from runtimes.bundle import TensorReport
 
 # Relative squared error above which a weight is not quantized but lost. Rounding alone stays below: 128 weights
@@ -129,6 +130,27 @@ class QuantizedWeights:
 
         self._reports[name] = threads().submit(report)
         return values
+
+
+class SourceWeights:
+    """A source's weights as they are, in float32, read when asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def scheme(self, name: str) -> Scheme:
+        """Float32."""
+        return Scheme(32)
+
+    def matrix(self, name: str) -> QuantizedTensor:
+        """A weight matrix, float32."""
+        matrix = self._source.matrix(name)
+        values = to_float32(matrix.rows(0, matrix.shape[0]))
+        return QuantizedTensor(name, Scheme(32), matrix.shape, values)
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A norm's weight or a bias."""
+        return self._source.vector(name)
 
 
 class FloatWeights:

@@ -21,7 +21,7 @@ from exporter.quantization.calibration import calibration_sequences
 from exporter.quantization.recipe import Recipe, Rule, calibrated
 from exporter.quantization.rtn import quantize_mse
 from exporter.quantization.tensor import QuantizedTensor
-from exporter.quantization.weights import QuantizedWeights
+from exporter.quantization.weights import KeptWeights, QuantizedWeights
 from exporter.staging import Staging
 from exporter.torch_ops import TorchOps
 
@@ -466,19 +466,6 @@ def held_out_text(source: Any) -> list[list[int]]:
     ]
 
 
-class Kept:
-    """Other weights, each quantized once."""
-
-    def __init__(self, weights: QuantizedWeights) -> None:
-        self.weights, self.matrices = weights, dict[str, QuantizedTensor]()
-        self.scheme, self.vector = weights.scheme, weights.vector
-
-    def matrix(self, name: str) -> QuantizedTensor:
-        if name not in self.matrices:
-            self.matrices[name] = self.weights.matrix(name)
-        return self.matrices[name]
-
-
 def test_far_less_is_lost_than_by_rounding(tmp_path):
     """Mean KL divergence from the float model on questions that pepper never saw, at 4 bits in the layers or in all."""
     with open_checkpoint("pepper") as source:
@@ -499,7 +486,7 @@ def test_far_less_is_lost_than_by_rounding(tmp_path):
                 more["found"] = streaming.quantize_layers(
                     source, decisions, sequences, 512, Staging(work, "x")
                 )
-            weights = Kept(QuantizedWeights(source, decisions, **more))
+            weights = KeptWeights(QuantizedWeights(source, decisions, **more))
             total = 0.0
             for i, ids in enumerate(texts):
                 found = TorchOps(arch, weights, 512, rounded=0).run(torch.tensor([ids]))[0].log_softmax(-1)
