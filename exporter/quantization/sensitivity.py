@@ -4,11 +4,11 @@
 of them in one run forward and one backward, one decoder layer in memory at a time. To second order the divergence is
 half the error weighted by the Fisher information, which is its Hessian where nothing is quantized: with δ the error of
 a linear's outputs on a token, and g the gradient of log p(y) there for a next token y that the model itself draws, it
-is ½ E[(g·δ)²] (Martens, New insights and perspectives on the natural gradient method, 2014, arxiv.org/abs/1412.1193,
-section 9). The outputs' errors are taken as independent, ½ E[Σ g²δ²], which one drawn token estimates well enough: an
+is ½ E[(g·δ)²] (Martens, New insights and perspectives on the natural gradient method, 2014, arxiv.org/abs/1412.1193).
+The outputs' errors are taken as independent, ½ E[Σ g²δ²], which one drawn token estimates well enough: an
 output's error e on the weights costs e H eᵀ, H = ½ E[g² x xᵀ], where GPTQ's Hessian has only E[x xᵀ]. That difference
-matters: without g a layer's outputs are compared as if all layers and kinds of weights were alike, and on pepper the
-order of the weights by that is no better than chance, while this one is nearly that of `kl` (tests).
+matters: without g errors count as if all layers and kinds of weights were alike, and on pepper the order of the weights
+by that is no better than chance, while by this one it is nearly that of `kl`.
 """
 
 import math
@@ -39,7 +39,7 @@ MEASURES = ("hessian", "kl")
 TOKENS = 4096  # of the calibration text: more change no order
 LARGEST_KL = 200_000_000  # parameters of a model that `kl` holds in memory, and runs for each of its weights
 _TOGETHER = 1024  # tokens that go through a layer together, where their sequences are of one length
-_LOGITS = 1 << 24  # at a time, of which a handful of copies are made
+_LOGITS = 1 << 25  # at a time, of which a handful of copies are made
 _SEED = 0
 _STATES, _GRADIENTS = "states.{}.f32", "gradients.{}.f32"
 
