@@ -36,7 +36,7 @@ from exporter.staging import Staging
 from exporter.torch_ops import TorchOps, look_up
 
 MEASURES = ("hessian", "kl")
-TOKENS = 4096  # of the calibration text: more change no order
+TOKENS = 4096  # of the calibration text at most
 LARGEST_KL = 200_000_000  # parameters of a model that `kl` holds in memory, and runs for each of its weights
 _TOGETHER = 1024  # tokens that go through a layer together, where their sequences are of one length
 _LOGITS = 1 << 25  # at a time, of which a handful of copies are made
