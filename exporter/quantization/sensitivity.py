@@ -126,6 +126,7 @@ class _Passes:
         self.batches = [torch.tensor(sequences[some]) for some in batches]
         self.tokens = sum(map(len, sequences))
         self.context = max(map(len, sequences))
+        self.say: Callable[[int], None] = lambda done: None  # of the step at work, how many tokens are done
 
     def effects(self) -> Effects:
         layers = range(self.arch.layers)
@@ -143,8 +144,9 @@ class _Passes:
             self.work.clear()  # what an unfinished step needs is spent: all begins anew
         sums: dict[str, list[float]] = {name: [0.0] * len(self.others) for name, _ in self.arch.matrices()}
         for n, (name, _, make, spent) in enumerate(steps):
+            self.say = partial(self._say, name, n * self.tokens, len(steps) * self.tokens)
             made = self.work.step(name, make, spent)
-            self.progress(f"measure effects: {name}", n + 1, len(steps))
+            self.say(self.tokens)
             for weight, costs in (made or {}).items():
                 sums[weight] = [one + other for one, other in zip(sums[weight], costs, strict=True)]
         return {name: tuple(cost / 2 / self.tokens for cost in costs) for name, costs in sums.items()}
@@ -236,6 +238,10 @@ class _Passes:
             part = states[row : row + ids.numel()].reshape(*ids.shape, -1)
             yield torch.from_numpy(part.copy())
             row += ids.numel()
+            self.say(row)
+
+    def _say(self, name: str, before: int, total: int, done: int) -> None:
+        self.progress(f"measure effects: {name}", before + done, total)
 
 
 class _Probe(TorchOps):
