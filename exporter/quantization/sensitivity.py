@@ -4,11 +4,11 @@
 of them in one run forward and one backward, one decoder layer in memory at a time. To second order the divergence is
 half the error weighted by the Fisher information, which is its Hessian where nothing is quantized: with δ the error of
 a linear's outputs on a token, and g the gradient of log p(y) there for a next token y that the model itself draws, it
-is ½ E[(g·δ)²] (Martens, New insights and perspectives on the natural gradient method, 2014, arxiv.org/abs/1412.1193,
-section 9). The outputs' errors are taken as independent, ½ E[Σ g²δ²], which one drawn token estimates well enough: an
+is ½ E[(g·δ)²] (Martens, New insights and perspectives on the natural gradient method, 2014, arxiv.org/abs/1412.1193).
+The outputs' errors are taken as independent, ½ E[Σ g²δ²], which one drawn token estimates well enough: an
 output's error e on the weights costs e H eᵀ, H = ½ E[g² x xᵀ], where GPTQ's Hessian has only E[x xᵀ]. That difference
-matters: without g a layer's outputs are compared as if all layers and kinds of weights were alike, and on pepper the
-order of the weights by that is no better than chance, while this one is nearly that of `kl` (tests).
+matters: without g errors count as if all layers and kinds of weights were alike, and on pepper the order of the weights
+by that is no better than chance, while by this one it is nearly that of `kl`.
 """
 
 import math
@@ -36,10 +36,10 @@ from exporter.staging import Staging
 from exporter.torch_ops import TorchOps, look_up
 
 MEASURES = ("hessian", "kl")
-TOKENS = 4096  # of the calibration text: more change no order
+TOKENS = 4096  # of the calibration text at most
 LARGEST_KL = 200_000_000  # parameters of a model that `kl` holds in memory, and runs for each of its weights
 _TOGETHER = 1024  # tokens that go through a layer together, where their sequences are of one length
-_LOGITS = 1 << 24  # at a time, of which a handful of copies are made
+_LOGITS = 1 << 25  # at a time, of which a handful of copies are made
 _SEED = 0
 _STATES, _GRADIENTS = "states.{}.f32", "gradients.{}.f32"
 
@@ -127,6 +127,7 @@ class _Passes:
         self.batches = [torch.tensor(sequences[some]) for some in batches]
         self.tokens = sum(map(len, sequences))
         self.context = max(map(len, sequences))
+        self.say: Callable[[int], None] = lambda done: None  # of the step at work, how many tokens are done
 
     def effects(self) -> Effects:
         layers = range(self.arch.layers)
@@ -144,8 +145,9 @@ class _Passes:
             self.work.clear()  # what an unfinished step needs is spent: all begins anew
         sums: dict[str, list[float]] = {name: [0.0] * len(self.others) for name, _ in self.arch.matrices()}
         for n, (name, _, make, spent) in enumerate(steps):
+            self.say = partial(self._say, name, n * self.tokens, len(steps) * self.tokens)
             made = self.work.step(name, make, spent)
-            self.progress(f"measure effects: {name}", n + 1, len(steps))
+            self.say(self.tokens)
             for weight, costs in (made or {}).items():
                 sums[weight] = [one + other for one, other in zip(sums[weight], costs, strict=True)]
         return {name: tuple(cost / 2 / self.tokens for cost in costs) for name, costs in sums.items()}
@@ -237,6 +239,10 @@ class _Passes:
             part = states[row : row + ids.numel()].reshape(*ids.shape, -1)
             yield torch.from_numpy(part.copy())
             row += ids.numel()
+            self.say(row)
+
+    def _say(self, name: str, before: int, total: int, done: int) -> None:
+        self.progress(f"measure effects: {name}", before + done, total)
 
 
 class _Probe(TorchOps):

@@ -121,24 +121,24 @@ def test_it_beats_uniform_bits_of_the_same_size_and_random_weights(tmp_path):
             lost = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(exact, found, strict=True))
             return lost / sum(map(len, texts)), nbytes
 
-        small, path = {"scheme": "int4-g128", "raise_to": "int8-g128"}, tmp_path / "r.toml"
-        fine = quantize(source, path, target_bits=4.75, **small)
+        schemes, path = ("int4-g128", "int8-g128"), tmp_path / "r.toml"
+        made = quantize(source, path, target_bits=4.75, scheme=schemes[0], raise_to=schemes[1])
         (mixed, its_bytes), (uniform, bytes_) = (
             divergence(read_recipe(path)),
             divergence(Recipe.uniform("int4")),
         )
         assert its_bytes <= bytes_
         assert mixed < 0.8 * uniform
-        made = quantize(source, path, target_bits=4.5, **small, force=True)
-        assert len(made.raised) < len(fine.raised)
-        sensitive, _ = divergence(made.recipe)
+        fewer = choose(made.weights, 4.5)
+        assert len(fewer) < len(made.raised)
+        sensitive, _ = divergence(make_recipe(made.weights, fewer, 4.5, schemes))
         names = [each.name for each in made.weights]
         for seed in range(2):
             drawn, some = random.Random(seed).sample(names, len(names)), set[str]()
             for name in drawn:
                 if average(made.weights, some | {name}) <= 4.5:
                     some.add(name)
-            other = make_recipe(made.weights, frozenset(some), 4.5, ("int4-g128", "int8-g128"))
+            other = make_recipe(made.weights, frozenset(some), 4.5, schemes)
             assert sensitive < divergence(other)[0]
 
 

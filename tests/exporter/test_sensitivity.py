@@ -164,6 +164,19 @@ def test_what_is_damaged_is_done_again(damaged, checkpoints, monkeypatch, tmp_pa
         assert effects(source, tmp_path / "work", way) == expected
 
 
+@pytest.mark.parametrize("measure", ["hessian", "kl"])
+def test_progress_rises_to_its_end(measure, checkpoints, tmp_path):
+    told: list[tuple[str, int, int]] = []
+    with open_checkpoint(checkpoints.folder("qwen2")) as source:
+        ways = [Recipe.uniform("int4").resolve(source.architecture)]
+        work = Staging(tmp_path, "x")
+        sensitivity.measure_effects(source, ways, IDS, work, measure, lambda *what: told.append(what))
+    done, totals = [count for _, count, _ in told], {total for _, _, total in told}
+    assert done == sorted(done)
+    assert totals == {done[-1]}
+    assert len(set(done)) > 10
+
+
 def test_gptq_loses_less_here_too(tmp_path):
     """What an algorithm finds is what is measured."""
     with open_checkpoint("pepper") as source:
