@@ -131,8 +131,8 @@ def make_plan(
 
     `device`: a name, model code or chip that `profiles.find` knows; None plans for this computer, without a
     memory budget. `context` in tokens. `delegate`: what computes instead of the CPU, which it falls back to, or
-    "cpu" for that alone; `wishes`: what is asked of its compiler, for delegate "hexagon". `calibration`: a text in place of the one that is
-    shipped, for what is calibrated.
+    "cpu" for that alone; `wishes`: what is asked of its compiler, for delegate "hexagon". `calibration`: a text in
+    place of the one that is shipped, for what is calibrated.
 
     Raises:
         PlanRefused: the model does not fit the device's app memory as asked (the message says what would), or
