@@ -143,10 +143,10 @@ def make_plan(
     """Decide what is not given, and refuse what cannot be.
 
     `device`: a name, model code or chip that `profiles.find` knows; None plans for this computer, without a
-    memory budget. `context` in tokens. `delegate`: what computes instead of the CPU, which it falls back to;
-    `wishes`: what is asked of its compiler, for delegate "hexagon". `calibration`: a text in place of the one that is
-    shipped, for what is calibrated. `prepare`: what is done to the weights before (`quantization.preparation`), where
-    the recipe does not say. `qat_steps`: how long algorithm "qat" trains.
+    memory budget. `context` in tokens. `delegate`: what computes instead of the CPU, which it falls back to, or
+    "cpu" for that alone; `wishes`: what is asked of its compiler, for delegate "hexagon". `calibration`: a text in
+    place of the one that is shipped, for what is calibrated. `prepare`: what is done to the weights before
+    (`quantization.preparation`), where the recipe does not say. `qat_steps`: how long algorithm "qat" trains.
 
     Raises:
         PlanRefused: the model does not fit the device's app memory as asked (the message says what would), or
@@ -175,8 +175,7 @@ def choose(
     """
     _require_sense(arch, asked)
     original, arch = arch, prepared_architecture(arch, asked.prepared)
-    chips = tuple(chip for chip in profiles.chips() if chip.id in map(str.lower, asked.wishes.chips))
-    facts = describe(device, arch, compilers, chips)
+    facts = describe(device, arch, compilers, _chips(device, asked))
     possible, refused = ways(arch, asked, facts)
     blocks = [way for way in possible if not (asked.context or 0) % way.form.block]
     if not blocks and asked.context:
@@ -190,6 +189,14 @@ def choose(
     training = plan_training(arch, plan.decisions, asked.qat_steps)
     choices = (*plan.choices, *_preparations(original, plan), *_training(training))
     return replace(plan, training=training, choices=choices)
+
+
+def _chips(device: Device | None, asked: Asked) -> tuple[Chip, ...]:
+    """The chips that are compiled for in place of a device's own, where that is asked of a Hexagon NPU."""
+    own = device.soc.npu.kind if device and device.soc.npu else ""
+    if HEXAGON not in (asked.delegate, own):
+        return ()
+    return tuple(chip for chip in profiles.chips() if chip.id in map(str.lower, asked.wishes.chips))
 
 
 def _require_sense(arch: Architecture, asked: Asked) -> None:
@@ -482,7 +489,8 @@ def _warnings(
             first = way  # what was asked for can be made by this way alone
         order = [route.id for route in routes()]
         if order.index(first.route.id) < order.index(way.route.id):
-            yield f"planned unless asked otherwise is the {first.route.title}: {first.route.says} [{first.route.id}]"
+            says = f"{first.route.title}: {first.route.says} [{first.route.id}]"
+            yield f"unless asked otherwise it is planned for the {says}"
     if asked.scheme and not way.warned:
         usual = ways(arch, replace(asked, scheme=None), facts)[0][0]
         first_scheme = parse_scheme(next(iter(usual.recipes)).rules[-1].scheme)

@@ -12,6 +12,7 @@ import profiles
 from exporter import known, routes
 from exporter.backend import Asked
 from exporter.errors import PlanRefused, RecipeError, UsageError
+from exporter.npu.hexagon_plan import Wishes
 from exporter.plan import Plan, choose, memory_budget
 from exporter.quantization.recipe import find_recipe
 from runtimes.bundle import Choice
@@ -187,6 +188,16 @@ def test_cpu_alone_can_be_asked_for() -> None:
     assert made.delegates == ("xnnpack",)
     with pytest.raises(UsageError, match="--delegate cpu"):
         plan("Llama 3.2 1B", "iPhone 16 Pro", delegate="cpu", format="coreml")
+
+
+def test_chips_are_for_the_npu() -> None:
+    """The oldest of them says by which route; a phone without a Hexagon NPU has none unless it is asked for."""
+    old_and_new = Wishes(("sm8450", "sm8650"))
+    made = plan("Llama 3.2 1B", "Galaxy S24 Ultra", wishes=old_and_new)
+    assert (made.delegates, made.scheme) == (("hexagon",), "hexagon-w8a16")
+    assert plan("Llama 3.2 1B", None, delegate="hexagon", wishes=Wishes(("all",))).scheme == "int4"
+    with pytest.raises(UsageError, match="--delegate hexagon"):
+        plan("Llama 3.2 1B", "Pixel 9", wishes=old_and_new)
 
 
 def test_a_recipe_for_the_npu_goes_there() -> None:
