@@ -154,15 +154,18 @@ def gochu(env: dict[str, str], *arguments: object) -> Any:
     return json.loads(run_or_stop(command, env).stdout)
 
 
-def here(shape: str, form: str, work: Path, env: dict[str, str], threads: int) -> dict[str, Any]:
-    """Export, measure and plan one model; figures side by side. Memory is the process's own, less what it has
-    before the model is loaded."""
+def here(shape: str, form: str, work: Path, threads: int) -> dict[str, Any]:
+    """Export, measure and plan one model; figures side by side. The bandwidth is measured before and after the model
+    is, and the mean planned with. Memory is the process's own, less what it has before the model is loaded."""
+    env = {"HF_HUB_OFFLINE": "1"}
     checkpoint = write_random_checkpoint(work / shape, shape)
     how = ("--scheme", "int4", "--format", form, "--context", CONTEXT)
     bundle = work / f"{shape}-{form}"
     gochu(env, "export", checkpoint, "-o", bundle, "--algorithm", "rtn-absmax", "--no-verify", *how)
+    before = bandwidth(threads)
     (measured,) = gochu(env, "bench", bundle, "--workload", WORKLOAD, "--threads", threads)
-    plan = gochu(env, "plan", checkpoint, "--device", ME, *how)
+    speed = (before + bandwidth(threads)) / 2
+    plan = gochu(profile(work / "profiles", speed), "plan", checkpoint, "--device", ME, *how)
     found = {figure["name"]: figure["value"] for figure in measured["figures"]}
     guessed = {row["name"]: row for row in plan["prediction"]}
     memory = found["peak_anonymous_memory"] - found["idle_memory"]
@@ -170,6 +173,7 @@ def here(shape: str, form: str, work: Path, env: dict[str, str], threads: int) -
     return {
         "model": shape,
         "engine": measured["where"]["engine"],
+        "bandwidth": speed,
         "file_bytes": (guessed["file"]["value"], measured["what"]["bytes"]),
         "memory_bytes": (guessed["peak memory"]["value"], memory),
         "decode_tokens_per_s": (decode["value"], found["decode_speed"]),
@@ -187,6 +191,7 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
         "file, MB": f"{file / 1e6:.1f}, {written / 1e6:.1f}",
         "memory, MB": f"{memory / 1e6:.0f}, {held / 1e6:.0f}",
         "error": f"{memory / held - 1:+.1%}",
+        "GB/s": f"{row['bandwidth'] / 1e9:.1f}",
         "decode, tokens/s": f"{speed:.1f} ({low:.1f} to {high:.1f}), {measured:.1f}",
     }
 
@@ -208,19 +213,13 @@ def main() -> None:
         bounds.append(bound)
         figures |= figure
     if not asked.published:
-        speed = bandwidth(asked.threads)
-        figures["bandwidth_gb_per_s"] = speed / 1e9
         with tempfile.TemporaryDirectory() as folder:
-            env = profile(Path(folder) / "profiles", speed)
             rows = [
-                here(shape, form, Path(folder), env, asked.threads)
+                here(shape, form, Path(folder), asked.threads)
                 for shape in asked.shapes
                 for form in asked.formats
             ]
-        title = (
-            f"This machine ({asked.threads} threads, {speed / 1e9:.1f} GB/s): predicted, measured; "
-            f"{COVERAGE:.0%} intervals"
-        )
+        title = f"This machine with {asked.threads} threads: predicted, measured; {COVERAGE:.0%} intervals"
         show(title, [shown(row) for row in rows], asked.markdown)
         figures["here"] = rows
         for row in rows:
