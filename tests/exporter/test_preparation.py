@@ -25,6 +25,7 @@ from exporter.quantization.rotation import Rotated
 from exporter.quantization.rtn import quantize_mse
 from exporter.quantization.scheme import parse_scheme
 from exporter.quantization.smoothquant import smoothquant_scales
+from exporter.quantization.tensor import vector_digest
 from exporter.quantization.weights import QuantizedWeights
 from exporter.safetensors import to_float32
 from exporter.staging import Staging
@@ -307,6 +308,20 @@ def test_hessians_are_those_of_the_scaled_inputs(checkpoints, monkeypatch, tmp_p
         torch.testing.assert_close(seen[f"layers.0.{kind}"], expected, rtol=1e-3, atol=atol)
 
 
+def test_what_is_found_is_of_the_scaled_weights(checkpoints, tmp_path):
+    folder = checkpoints.folder("qwen2")
+    rules = (Rule(match="embedding", scheme="int8"), Rule(match="*", scheme="int8", algorithm="gptq"))
+    found, _ = find(folder, tmp_path / "work", ("smoothquant",), Recipe(name="r", rules=rules))
+    with open_checkpoint(folder) as source:
+        changed = Scaled(source, found.scales)
+        for name in (f"layers.{i}.{kind}" for i in range(3) for kind in BEFORE):
+            (tensor, error, _), _ = found(name)
+            expected, before_it = whole(changed, name), whole(source, name)
+            assert np.abs(tensor.dequantize() - expected).mean() < 0.015 * np.abs(expected).mean()
+            assert np.abs(before_it - expected).mean() > 0.03 * np.abs(expected).mean()
+            assert error < 1e-3
+
+
 @pytest.mark.parametrize(
     ("algorithm", "damaged"), [("rtn", ""), ("gptq", "scales.0.npz"), ("rtn", "scales.1.npz")]
 )
@@ -364,6 +379,10 @@ def test_bundles_pass_the_gate(name, checkpoints, tmp_path):
     assert bundle.manifest.gate.status == "passed"
     said = {choice.value: choice.reason for choice in bundle.manifest.plan if choice.topic == "preparation"}
     assert tuple(said) == prepare
+    digests = {tensor.name: tensor.digest for tensor in bundle.manifest.tensors}
+    with open_checkpoint(checkpoints.folder(name)) as source:
+        norm = prepared(source, prepare).vector("layers.0.mlp_norm")
+    assert digests["layers.0.mlp_norm"] != vector_digest(norm)  # the scales that were found are folded in
     assert ("only the heads' values are turned" in said.get("hadamard", "")) == (name == "gemma2")
     assert {path.name for path in tmp_path.iterdir()} == {"out", text.name}
 
