@@ -98,7 +98,7 @@ class Staging:
         for name in names:
             (self.folder / name).unlink()
         for folder in sorted((path for path in self.folder.rglob("*") if path.is_dir()), reverse=True):
-            if not any(folder.iterdir()):
+            if _WORK not in folder.relative_to(self.folder).parts and not any(folder.iterdir()):
                 folder.rmdir()
 
     def _entry(self, name: str) -> FileEntry:

@@ -214,7 +214,7 @@ RULES = '[[rules]]\nmatch = "*"\nscheme = "int4"\n'
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (f'name = "n"\ncolour = 3\n{RULES}', "there is no key colour: use name, rules"),
+        (f'name = "n"\ncolour = 3\n{RULES}', "there is no key colour: use name, prepare, rules"),
         (
             f'name = "n"\n{RULES}bits = 3\n',
             "there is no key rules.0.bits: use match, scheme, algorithm, reason",

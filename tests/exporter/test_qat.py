@@ -22,7 +22,7 @@ from exporter.quantization.rtn import quantize_mse
 from exporter.quantization.scheme import parse_scheme
 from exporter.quantization.streaming import quantize_layers
 from exporter.quantization.tensor import QuantizedTensor, round_scales
-from exporter.quantization.weights import Found, KeptWeights, QuantizedWeights, SourceWeights, not_found
+from exporter.quantization.weights import Found, QuantizedWeights, Remembered, SourceWeights, not_found
 from exporter.staging import Staging
 from exporter.torch_ops import TorchOps
 
@@ -269,16 +269,13 @@ def test_a_loss_that_is_no_number_is_one_sentence(checkpoints, text, gochu, tmp_
     model = checkpoints.write(tmp_path / "checkpoint", "qwen2")
     model.model.norm.weight.data *= 1e38
     model.save_pretrained(tmp_path / "checkpoint")
-    command = [
-        "export",
-        tmp_path / "checkpoint",
-        "--algorithm",
-        "qat",
-        "--scheme",
-        "int4",
-        "--calibration",
-        text,
+    recipe = tmp_path / "recipe.toml"  # GPTQ of the head would refuse its inputs before
+    rules = [
+        '[[rules]]\nmatch = "layers.*"\nscheme = "int4"\nalgorithm = "qat"\n',
+        '[[rules]]\nmatch = "*"\nscheme = "int8"\n',
     ]
+    recipe.write_text('name = "layers"\n' + "".join(rules), encoding="utf-8")
+    command = ["export", tmp_path / "checkpoint", "--recipe", recipe, "--calibration", text]
     code, out, err = gochu(*command, "-o", tmp_path / "out")
     assert (code, out) == (3, "")
     assert err.count("\n") == 1
@@ -407,12 +404,12 @@ def test_less_is_lost_than_with_gptq(tmp_path):
         decisions = Recipe.uniform("int4-g128", "qat").resolve(arch)
         stage, first = started(tmp_path), starting(decisions)
         found = quantize_layers(source, first, calibration_sequences(source, 512), 512, stage)
-        sequences = calibration_sequences(source, 512, most=4096, training=True)
-        assert sum(map(len, sequences)) == 4096
-        trained = qat.train(source, decisions, found, sequences, 512, 12, stage)
+        sequences = calibration_sequences(source, 512, most=8192, training=True)
+        assert sum(map(len, sequences)) == 8192
+        trained = qat.train(source, decisions, found, sequences, 512, 48, stage)
 
         def log_probabilities(weights: Any) -> torch.Tensor:
-            kept = KeptWeights(weights)
+            kept = Remembered(weights)
             return torch.cat(
                 [
                     TorchOps(arch, kept, 512, rounded=0).run(torch.tensor([ids]))[0].log_softmax(-1)

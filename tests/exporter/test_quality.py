@@ -253,7 +253,7 @@ def one_sentence(caught: Any) -> str:
     ],
 )
 def test_what_cannot_be_compared(arguments, said, checkpoints, monkeypatch):
-    monkeypatch.setattr("exporter.quality_sides.quantize_layers", pytest.fail)  # it is known before
+    monkeypatch.setattr("exporter.quantization.streaming.quantize_layers", pytest.fail)  # it is known before
     with pytest.raises(UsageError) as caught:
         compare(checkpoints.folder("qwen2"), **arguments)
     assert said in one_sentence(caught)

@@ -21,7 +21,7 @@ from exporter.quantization.calibration import calibration_sequences
 from exporter.quantization.recipe import Recipe, Rule, calibrated
 from exporter.quantization.rtn import quantize_mse
 from exporter.quantization.tensor import QuantizedTensor
-from exporter.quantization.weights import KeptWeights, QuantizedWeights
+from exporter.quantization.weights import QuantizedWeights, Remembered
 from exporter.staging import Staging
 from exporter.torch_ops import TorchOps
 
@@ -486,7 +486,7 @@ def test_far_less_is_lost_than_by_rounding(tmp_path):
                 more["found"] = streaming.quantize_layers(
                     source, decisions, sequences, 512, Staging(work, "x")
                 )
-            weights = KeptWeights(QuantizedWeights(source, decisions, **more))
+            weights = Remembered(QuantizedWeights(source, decisions, **more))
             total = 0.0
             for i, ids in enumerate(texts):
                 found = TorchOps(arch, weights, 512, rounded=0).run(torch.tensor([ids]))[0].log_softmax(-1)
