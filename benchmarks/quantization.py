@@ -82,14 +82,13 @@ def known(names: Sequence[str]) -> Iterator[tuple[str, Scheme]]:
 
 
 def algorithms(scheme: Scheme) -> Iterator[str]:
-    """All that find what a scheme asks for, a weight at a time."""
+    """All that find what a scheme asks for."""
     for name in TABLE_ALGORITHMS if scheme.table else ALGORITHMS:
         try:
-            found = find_algorithm(name, scheme)
+            find_algorithm(name, scheme)
         except RecipeError:
             continue
-        if found.from_weights or found.from_hessian:
-            yield name
+        yield name
 
 
 def recipe(weights: str, scheme: str, algorithm: str, prepare: str = "") -> Recipe:
@@ -100,30 +99,33 @@ def recipe(weights: str, scheme: str, algorithm: str, prepare: str = "") -> Reci
     return Recipe(name="measured", rules=tuple(rules), prepare=(prepare,) if prepare else ())
 
 
-def ours(subject: Subject) -> Iterator[Row]:
+def ours(subject: Subject, schemes: Sequence[str]) -> Iterator[Row]:
     """Every algorithm at every scheme, and every preparation before the plainest and the best."""
     for weights, names in (("layers", SCHEMES), ("all", WHOLE)):
-        for name, scheme in known(names):
+        for name, scheme in known([name for name in names if name in schemes]):
             for algorithm in algorithms(scheme):
-                yield measured(subject, weights, name, algorithm)
-    for name, scheme in known(PREPARED):
+                yield from measured(subject, weights, name, algorithm)
+    for name, scheme in known([name for name in PREPARED if name in schemes]):
         for prepare, made in PREPARATIONS.items():
             for algorithm in (DEFAULT, BEST) if made.of(scheme) else ():
-                yield measured(subject, "layers", name, algorithm, prepare)
+                yield from measured(subject, "layers", name, algorithm, prepare)
 
 
-def measured(subject: Subject, weights: str, scheme: str, algorithm: str, prepare: str = "") -> Row:
-    """One algorithm at one scheme, perhaps after a preparation."""
-    found, nbytes, seconds = subject.weights(recipe(weights, scheme, algorithm, prepare))
-    figures, name = subject.figures(found), f"{prepare} + {algorithm}" if prepare else algorithm
-    return Row(
-        subject.name, weights, scheme, name, True, *vars(figures).values(), nbytes=nbytes, seconds=seconds
-    )
+def measured(subject: Subject, weights: str, scheme: str, algorithm: str, prepare: str = "") -> Iterator[Row]:
+    """One algorithm at one scheme, perhaps after a preparation; nothing where it refuses, which is said."""
+    name = f"{prepare} + {algorithm}" if prepare else algorithm
+    try:
+        found, nbytes, seconds = subject.weights(recipe(weights, scheme, algorithm, prepare))
+    except RecipeError as error:
+        print(f"{subject.name}, {weights}, {scheme}, {name} is refused: {error}", file=sys.stderr)
+        return
+    figures = vars(subject.figures(found)).values()
+    yield Row(subject.name, weights, scheme, name, True, *figures, nbytes=nbytes, seconds=seconds)
 
 
-def theirs(subject: Subject, peer: str, work: Path, repeats: int) -> Iterator[Row]:
+def theirs(subject: Subject, peer: str, names: Sequence[str], work: Path, repeats: int) -> Iterator[Row]:
     """What another project makes of the layers' matrices, at each scheme."""
-    schemes = dict(known(PEER_SCHEMES))
+    schemes = dict(known([name for name in PEER_SCHEMES if name in names]))
     tasks = [peers.Task(scheme.bits, scheme.group, repeats) for scheme in schemes.values()]
     found = peers.quantize(peer, subject.folder, subject.sequences, tasks, work, threads=1)
     for name, made in zip(schemes, found, strict=True):
@@ -147,14 +149,17 @@ def promises(rows: Sequence[Row], float_answers: dict[str, float]) -> Iterator[B
     """What is kept against plain rounding: by GPTQ on pepper, by our best on a model that learned no rounding."""
     found = {(row.model, row.weights, row.scheme, row.algorithm): row for row in rows if row.ours}
     for model, exact in float_answers.items():
+        if (model, "layers", "int4", ABSMAX) not in found:
+            continue
         absmax = found[model, "layers", "int4", ABSMAX]
         kept = found[model, "layers", "int4", GPTQ] if model == "pepper" else best(rows, absmax)
         what = f"{model}, int4: KL of {kept.algorithm} as a share of {ABSMAX}'s"
         yield Bound(what, kept.divergence / absmax.divergence, KL_SHARE)
         if model == "pepper":
             for scheme, most in (("int4", INT4_LOSS), ("int8", INT8_LOSS)):
-                lost = exact - found[model, "all", scheme, GPTQ].answers
-                yield Bound(f"{model}, {scheme} with {GPTQ}: points of exact answers lost", lost, most)
+                if row := found.get((model, "all", scheme, GPTQ)):
+                    what = f"{model}, {scheme} with {GPTQ}: points of exact answers lost"
+                    yield Bound(what, exact - row.answers, most)
 
 
 def best(rows: Sequence[Row], beside: Row) -> Row:
@@ -210,6 +215,7 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed")
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--questions", type=int, default=600, help="how many held-out questions")
     parser.add_argument("--peers", action="store_true", help="measure other projects' quantizers too")
     parser.add_argument("--repeats", type=int, default=1, help="of which a peer's quickest counts")
@@ -222,10 +228,12 @@ def main() -> None:
         for name in arguments.models:
             subject = SUBJECTS[name](arguments.questions)
             float_answers[name] = subject.float_answers
-            made = list(told(ours(subject)))
+            made = list(told(ours(subject, arguments.schemes)))
             for peer in peers.PEERS if arguments.peers else ():
-                print(f"{name}: {peer} quantizes, {len(PEER_SCHEMES)} times at most", file=sys.stderr)
-                made += told(theirs(subject, peer, Path(work) / name / peer, arguments.repeats))
+                print(f"{name}: {peer} quantizes", file=sys.stderr)
+                made += told(
+                    theirs(subject, peer, arguments.schemes, Path(work) / name / peer, arguments.repeats)
+                )
             rows += made
             title = f"{name}, {len(subject.asked)} held-out questions"
             table(f"{title}; float answers {subject.float_answers:.1f} %", [row.shown() for row in made])

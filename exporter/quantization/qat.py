@@ -39,8 +39,8 @@ from exporter.quantization.training import LOGITS, TOKENS
 from exporter.quantization.weights import Found, QuantizedWeights, Remembered, SourceWeights, refuse_lost
 from exporter.staging import Staging
 
-RATE = 1e-3  # of Adam for the latents, in their scales: the peak, reached after _WARMUP steps
-SCALE_RATE = 3e-3  # of Adam for the scales' logarithms
+RATE = 5e-4  # of Adam for the latents, in their scales: the peak, reached after _WARMUP steps
+SCALE_RATE = 1.5e-3  # of Adam for the scales' logarithms
 _BETAS, _EPSILON = (0.9, 0.999), 1e-12  # gradients are far below 1
 _WARMUP = 10
 _SEED = 0
@@ -49,6 +49,7 @@ _SAVES = 10
 _TEACHER, _STATE, _BEFORE, _FOUND = "teacher.f32", "trained.{}.npz", "before", "trained.npz"
 
 
+@torch.enable_grad()
 def train(
     source: Source,
     decisions: Mapping[str, Decision],
