@@ -111,8 +111,9 @@ def test_the_workers_answers_are_found_among_other_prints():
 
 def test_every_algorithm_of_the_registry_is_measured():
     for scheme, registry in (("int4", ALGORITHMS), ("pal4", TABLE_ALGORITHMS)):
-        assert list(quantization.algorithms(parse_scheme(scheme))) == list(registry)
-        assert {"rtn", "gptq", "gptq-descent"} < set(wanted) or "kmeans" in wanted
+        measured = list(quantization.algorithms(parse_scheme(scheme)))
+        assert measured == list(registry)
+        assert {"rtn", "gptq", "gptq-descent", "qat"} < set(measured) or "kmeans" in measured
     assert dict(quantization.known(["int4", "int9", "w4a16"])).keys() == {"int4", "w4a16"}
 
 
