@@ -1,5 +1,6 @@
 """An engine for static graphs of integers, for tests: chunks of a prompt, then token after token."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from exporter.quantization.tensor import QuantizedTensor
 from runtimes import qnn
 from runtimes.bundle import EntryPoint, TensorSpec
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests share linear_problems.py
 
 Run = Callable[[EntryPoint, dict[str, NDArray[Any]]], list[NDArray[Any]]]
 

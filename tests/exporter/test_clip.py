@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_problems import hessian, matrix
 
-from exporter.checkpoint import Matrix
 from exporter.errors import CheckpointError, RecipeError
 from exporter.quantization import clip
 from exporter.quantization.clip import quantize_clip
@@ -22,21 +22,8 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def matrix(values: np.ndarray) -> Matrix:
-    return Matrix("w", values.shape, lambda start, stop: values[start:stop])
-
-
 def weights(rows: int, inputs: int, seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_t(4, (rows, inputs)) * 0.02).astype(np.float32)
-
-
-def hessian(inputs: int, seed: int = 0, tokens: int = 600, dead: int = 0) -> torch.Tensor:
-    """Of correlated inputs, some far larger than others, and some always zero."""
-    random = np.random.default_rng(seed)
-    x = random.standard_normal((tokens, inputs)) @ random.standard_normal((inputs, inputs)) / inputs**0.5
-    x *= np.exp(random.standard_normal(inputs))
-    x[:, random.permutation(inputs)[:dead]] = 0
-    return torch.tensor(x.T @ x / tokens, dtype=torch.float32)
 
 
 def by_group(w: np.ndarray, found: np.ndarray, h: torch.Tensor, size: int) -> np.ndarray:

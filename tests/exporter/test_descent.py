@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_problems import matrix
 
-from exporter.checkpoint import Matrix
 from exporter.quantization import descent
 from exporter.quantization.descent import descend
 from exporter.quantization.gptq import quantize_gptq
@@ -22,10 +22,6 @@ def problem(inputs: int, outputs: int, seed: int, dead: int = 0) -> tuple[np.nda
     x[:, random.permutation(inputs)[:dead]] = 0
     w = (random.standard_normal((outputs, inputs)) * 0.02).astype(np.float32)
     return w, torch.tensor(x.T @ x / len(x), dtype=torch.float32)
-
-
-def matrix(values: np.ndarray) -> Matrix:
-    return Matrix("w", values.shape, lambda start, stop: values[start:stop])
 
 
 def rounded(w: np.ndarray, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from linear_problems import matrix
 
-from exporter.checkpoint import Matrix, open_checkpoint
+from exporter.checkpoint import open_checkpoint
 from exporter.errors import RecipeError
 from exporter.plan import make_plan
 from exporter.quantization import streaming
@@ -25,10 +26,6 @@ assert quantize
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def matrix(values: np.ndarray) -> Matrix:
-    return Matrix("w", values.shape, lambda start, stop: values[start:stop])
 
 
 def weights(rows: int, inputs: int, seed: int = 0) -> np.ndarray:

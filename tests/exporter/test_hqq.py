@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
+from linear_problems import matrix
 
-from exporter.checkpoint import Matrix
 from exporter.errors import CheckpointError, RecipeError
 from exporter.quantization import rtn
 from exporter.quantization.hqq import POWER, quantize_hqq
@@ -17,10 +17,6 @@ from exporter.quantization.scheme import parse_scheme
 from exporter.quantization.tensor import QuantizedTensor, round_scales
 
 SCHEMES = ["int4", "int4-g16", "int4-g128", "int8", "w4a16", "int3"]
-
-
-def matrix(values: np.ndarray) -> Matrix:
-    return Matrix("w", values.shape, lambda start, stop: values[start:stop])
 
 
 def heavy(rows: int, inputs: int, seed: int = 0) -> np.ndarray:

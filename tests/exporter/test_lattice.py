@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
+from linear_problems import matrix
 
 from exporter.checkpoint import Matrix, open_checkpoint
 from exporter.errors import PlanRefused, RecipeError
@@ -42,10 +43,6 @@ LPBQ = parse_scheme("w4a16-lpbq32")
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def matrix(values: np.ndarray) -> Matrix:
-    return Matrix("w", values.shape, lambda start, stop: values[start:stop])
 
 
 def weights(rows: int, inputs: int, seed: int = 0) -> np.ndarray:
