@@ -15,6 +15,7 @@ from exporter.errors import PlanRefused, RecipeError, UsageError
 from exporter.npu.hexagon_plan import Wishes
 from exporter.plan import Plan, choose, memory_budget
 from exporter.quantization.recipe import find_recipe
+from exporter.quantization.scheme import SCHEMES
 from runtimes.bundle import Choice
 
 MODELS = known.catalogue()
@@ -224,7 +225,7 @@ def test_every_device_model_and_scheme_is_planned_or_refused() -> None:
     planned, refused = 0, []
     alike = {(d.soc.id, d.os, d.app_memory_bytes, d.versions): d for d in profiles.devices()}
     for device, arch in itertools.product(alike.values(), MODELS.values()):
-        for scheme in (None, "fp16", "int8", "int4", "int4-g128"):
+        for scheme in (None, *SCHEMES, "w8a16", "w4a16", "pal4-g8"):
             try:
                 made = choose(device, arch, Asked(scheme=scheme))
             except (PlanRefused, RecipeError) as refusal:
