@@ -112,7 +112,7 @@ def export(
             manifest = _manifest(source, plan, text, stage, made)
             write_whole(stage.folder / MANIFEST, manifest.to_json())
             if verify:
-                gate = _pass_gate(stage, source, plan, found, bounds, progress)
+                gate = _pass_gate(stage, source, weights, plan, found, bounds, progress)
                 write_whole(stage.folder / MANIFEST, manifest.model_copy(update={"gate": gate}).to_json())
     return Bundle.open(output)
 
@@ -380,6 +380,7 @@ def _manifest(source: Checkpoint, plan: Plan, text: TextSide, stage: Staging, ma
 def _pass_gate(
     stage: Staging,
     source: Checkpoint,
+    weights: Source,
     plan: Plan,
     found: Found,
     bounds: QualityBounds | None,
@@ -393,7 +394,7 @@ def _pass_gate(
             return gate
 
         def quantized() -> QuantizedWeights:
-            return QuantizedWeights(source, plan.decisions, found=found)
+            return QuantizedWeights(weights, plan.decisions, found=found)
 
         checks = require_passed(hold(bundle, source, bounds, quantized, progress))
         return gate.model_copy(update={"checks": (*gate.checks, *checks)})

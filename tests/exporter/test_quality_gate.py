@@ -80,6 +80,20 @@ def test_what_cannot_be_read_back_is_what_was_written(bundle, checkpoints, monke
         assert list(made) == [read]
 
 
+def test_what_was_prepared_is_held_as_it_was_written(checkpoints, tmp_path, monkeypatch):
+    """The same figures from the bundle and, where it cannot be read back, from what it was written from."""
+    options = {"scheme": "int4", "context": 128, "format": "onnx", "bounds": QualityBounds(9)}
+
+    def figures(name):
+        folder = checkpoints.folder(NAME)
+        bundle = export(folder, tmp_path / name, prepare=("hadamard",), **options)
+        return bundle.manifest.gate.checks[-1].figures
+
+    read = figures("read")
+    monkeypatch.setattr("exporter.quality_gate.runs_here", lambda variant: False)
+    assert figures("unread") == read
+
+
 def test_an_export_that_misses_leaves_nothing(checkpoints, tmp_path, gochu):
     asked = ["export", checkpoints.folder(NAME), "--scheme", "int4", "--format", "onnx", "--context", 128]
     code, out, err = gochu(*asked, "--max-kl", 0.01, "-o", tmp_path / "out")
