@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from exporter.architecture import Architecture
-from exporter.quantization.tensor import QuantizedTensor, pack4, round_scales
+from exporter.quantization.tensor import QuantizedTensor, pack, round_scales
 from exporter.quantization.weights import Weights
 from exporter.torch_ops import TorchOps
 
@@ -91,7 +91,7 @@ class Latent:
         """The integers and scales."""
         start = self.start
         biased = (self.latents.round() + 2 ** (start.scheme.bits - 1)).to(torch.uint8).numpy()
-        data = pack4(biased) if start.scheme.bits == 4 else biased
+        data = pack(biased, start.scheme.bits)
         return QuantizedTensor(start.name, start.scheme, start.shape, data, self.scales().numpy())
 
 

@@ -15,8 +15,7 @@ import torch
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import RecipeError
-from exporter.quantization.recipe import Recipe
-from exporter.quantization.weights import OneLayer, QuantizedWeights, Remembered
+from exporter.quantization.weights import OneLayer, Remembered, SourceWeights
 from exporter.tokenizer import Encoder, read_text_side
 from exporter.torch_ops import TorchOps
 
@@ -41,7 +40,7 @@ def write_texts(
     arch, beginning, ends = source.architecture, *_beginning(source)
     length = min(context, LENGTH, most)
     count = min(max(1, min(most, TOKENS) // length), arch.vocab)
-    exact = QuantizedWeights(source, Recipe.uniform("fp32").resolve(arch))
+    exact = SourceWeights(source)
     held = Remembered(exact) if arch.parameters <= HELD else OneLayer(exact)
     ops, random = TorchOps(arch, held, length, rounded=0), torch.Generator().manual_seed(_SEED)
     texts = given = torch.tensor([beginning[: length - 1]] * count)

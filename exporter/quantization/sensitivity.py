@@ -27,11 +27,18 @@ from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint
 from exporter.errors import RecipeError, UsageError
 from exporter.quantization.calibration import require_tokens
-from exporter.quantization.recipe import Decision, Recipe, calibrated, starting
+from exporter.quantization.recipe import Decision, calibrated, starting
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.streaming import quantize_layers
 from exporter.quantization.tensor import QuantizedTensor
-from exporter.quantization.weights import OneLayer, QuantizedWeights, Remembered, Weights, not_found
+from exporter.quantization.weights import (
+    OneLayer,
+    QuantizedWeights,
+    Remembered,
+    SourceWeights,
+    Weights,
+    not_found,
+)
 from exporter.staging import Staging
 from exporter.torch_ops import TorchOps, look_up
 
@@ -82,7 +89,7 @@ def measure_effects(
         else not_found
         for i, way in enumerate(ways)
     ]
-    exact = QuantizedWeights(source, Recipe.uniform("fp32").resolve(arch))
+    exact = SourceWeights(source)
     others = [QuantizedWeights(source, way, found=each) for way, each in zip(ways, found, strict=True)]
     sizes = list(_batches(sequences))
     if measure == "kl":

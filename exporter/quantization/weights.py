@@ -12,7 +12,7 @@ from exporter.checkpoint import Source
 from exporter.errors import RecipeError
 from exporter.quantization.algorithms import find_algorithm
 from exporter.quantization.recipe import Decision
-from exporter.quantization.rtn import Quantized
+from exporter.quantization.rtn import Quantized, not_finite
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor, vector_digest
 from exporter.quantization.threads import threads
@@ -143,9 +143,11 @@ class SourceWeights:
         return Scheme(32)
 
     def matrix(self, name: str) -> QuantizedTensor:
-        """A weight matrix, float32."""
+        """A weight matrix, float32; CheckpointError for values that are no numbers."""
         matrix = self._source.matrix(name)
         values = to_float32(matrix.rows(0, matrix.shape[0]))
+        if not np.isfinite(values).all():
+            raise not_finite(name)
         return QuantizedTensor(name, Scheme(32), matrix.shape, values)
 
     def vector(self, name: str) -> NDArray[np.float32]:
