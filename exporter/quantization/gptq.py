@@ -30,6 +30,7 @@ from exporter.quantization.scheme import Scheme
 
 DAMPINGS = (DAMPING, 0.1, 1.0)  # of the mean of H's diagonal, tried in this order
 BLOCK = 128  # inputs whose errors reach those behind them together; groups divide it or are its multiples
+_SOLVED = 256  # rows of a triangle, of which twice as many are inverted by halves
 _AT_ONCE = 1 << 23  # weights in memory as float32
 
 
@@ -77,12 +78,25 @@ def _factor(name: str, hessian: Tensor) -> tuple[Tensor, str]:
         if not failed:
             upper = lower.flip(0, 1)
             del lower
+            _invert(upper)
             note = f"GPTQ's Hessian needed damping {damping:g}" if damping != DAMPINGS[0] else ""
-            return torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True), note
+            return upper, note
     raise RecipeError(
         f"the Hessian of {name}'s inputs is not positive definite even with {DAMPINGS[-1]:g} times its mean diagonal "
         "added: give a longer calibration text, or use rtn for it in a recipe"
     )
+
+
+def _invert(upper: Tensor) -> None:
+    """Invert an upper triangular matrix in place, by its quarters: a solver does not see the zeros of the identity."""
+    half = len(upper) // 2
+    if half < _SOLVED:
+        upper.copy_(torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True))
+        return
+    first, corner, second = upper[:half, :half], upper[:half, half:], upper[half:, half:]
+    _invert(first)
+    _invert(second)
+    corner.copy_(first @ corner @ second).neg_()
 
 
 def _feed_back(

@@ -14,6 +14,7 @@ from exporter.quantization.tensor import QuantizedTensor, pack
 from exporter.safetensors import to_float32
 
 DAMPING = 0.01  # of the mean of the diagonal, as in GPTQ (arXiv 2210.17323): another text may use what this one did not
+_COLUMNS = 512  # of a Hessian that are multiplied together; those before them are not multiplied again
 
 
 def refuse_not_finite(name: str, hessian: Tensor) -> None:
@@ -79,5 +80,11 @@ def dequantized(q: Tensor, scales: Tensor) -> Tensor:
 
 
 def output_error(error: Tensor, hessian: Tensor) -> Tensor:
-    """Each output's mean squared error on the inputs: e H eᵀ, [outputs]."""
-    return (error @ hessian).mul_(error).sum(1)
+    """Each output's mean squared error on the inputs: e H eᵀ, [outputs], by H's upper half."""
+    total = torch.zeros(len(error))
+    for start in range(0, len(hessian), _COLUMNS):
+        stop = start + _COLUMNS
+        block = error[:, start:stop]
+        before = (error[:, :start] @ hessian[:start, start:stop]).mul_(2)  # which is below the diagonal too
+        total += before.addmm_(block, hessian[start:stop, start:stop]).mul_(block).sum(1)
+    return total

@@ -46,7 +46,7 @@ from exporter.staging import Staging
 from exporter.torch_ops import TorchOps, embedded
 
 _TOKENS = 1024  # that go through a layer together, where their sequences are of one length
-_COLUMNS = 1024  # of a Hessian that are summed up together: what lies below its diagonal is copied
+_COLUMNS = 512  # of a Hessian that are summed up together: what lies below its diagonal is copied
 LOOKED_UP = (
     0.3  # of the head's mean squared inputs, added to each where its rows are looked up too (measured)
 )
@@ -234,6 +234,11 @@ class _Recorder(TorchOps):
         self._see(tuple(weights), x)
         return [super(_Recorder, self).linear(x, weight) for weight in weights]
 
+    def product(self, x: Tensor, weight: str) -> Tensor:
+        if weight.endswith(".mlp.down"):  # gives the layer's output, which nobody reads while it is seen
+            return x.new_zeros(1).expand(*x.shape[:-1], self.arch.hidden)
+        return super().product(x, weight)
+
 
 def _hessians(
     arch: Architecture, layer: _Layer, context: int, i: int, batches: Iterable[Tensor]
@@ -248,7 +253,9 @@ def _hessians(
             peaks = x.reshape(-1, size).abs().amax(0)
             layer.peaks[names] = torch.maximum(layer.peaks.get(names, peaks), peaks)
         if not layer.needed.isdisjoint(names):
-            _add_squares(sums.setdefault(names, torch.zeros(size, size)), x.reshape(-1, size))
+            if names not in sums:
+                sums[names] = torch.zeros(size, size)
+            _add_squares(sums[names], x.reshape(-1, size))
 
     ops = _Recorder(arch, layer, context, see)
     for x in batches:

@@ -11,7 +11,9 @@ from linear_problems import hessian, matrix
 
 from exporter.errors import CheckpointError, RecipeError
 from exporter.quantization import gptq
+from exporter.quantization import hessian as hessian_module
 from exporter.quantization.gptq import quantize_gptq
+from exporter.quantization.hessian import output_error
 from exporter.quantization.rtn import mse_scales, quantize_mse
 from exporter.quantization.scheme import Scheme, parse_scheme
 
@@ -94,6 +96,22 @@ def test_no_output_is_ever_worse_than_rounded(seed, shape, scheme, tokens, dead,
     rounded = loss(w, quantize_mse(matrix(w), parsed)[0].dequantize(), h)
     assert (loss(w, tensor.dequantize(), h) <= rounded * (1 + 1e-4) + 1e-9).all()
     assert np.isfinite(error)
+
+
+@pytest.mark.parametrize("inputs", [1, 63, 300])
+def test_what_is_done_by_parts_is_what_the_whole_matrix_gives(monkeypatch, inputs):
+    monkeypatch.setattr(gptq, "_SOLVED", 16)
+    monkeypatch.setattr(hessian_module, "_COLUMNS", 50)
+    h = hessian(inputs)
+    factor, _ = gptq._factor("w", h)
+    damped = h.double() + 0.01 * h.diagonal().mean().double() * torch.eye(inputs)
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(
+        factor.double() @ damped @ factor.T.double(), torch.eye(inputs).double(), rtol=0, atol=1e-4
+    )
+    w = weights(5, inputs)
+    expected = loss(w, np.zeros_like(w), h)
+    np.testing.assert_allclose(output_error(torch.from_numpy(w), h).numpy(), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", ["int4", "int4-g128", "int4-g16", "w4a16"])
