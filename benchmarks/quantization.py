@@ -38,7 +38,7 @@ SCHEMES = ("int4", "int4-g128", "w4a16", "int3", "int3-g128", "int3-channel", "i
 PEER_SCHEMES = ("int4", "int4-g128", "w4a16", "int3-g128", "int8")
 WHOLE = ("int4", "int8")  # for all weights too
 PREPARED = ("int4", "int4-g128", "w4a16", "int3-g128")
-GPTQ, BEST, ABSMAX = "gptq", "gptq-descent", "rtn-absmax"
+GPTQ, BEST, TRAINED, ABSMAX = "gptq", "gptq-descent", "qat", "rtn-absmax"
 KL_SHARE, INT4_LOSS, INT8_LOSS = 1 / 3, 1.0, 0.2  # of rtn-absmax's, points, points
 ROUNDING = 1e-5  # nats: below it, one run's KL is another's
 
@@ -100,15 +100,21 @@ def recipe(weights: str, scheme: str, algorithm: str, prepare: str = "") -> Reci
 
 
 def ours(subject: Subject, schemes: Sequence[str]) -> Iterator[Row]:
-    """Every algorithm at every scheme, and every preparation before the plainest and the best."""
+    """Every algorithm at every scheme; every preparation before the plainest and the best of those that do not train,
+    and what served the best before training."""
     for weights, names in (("layers", SCHEMES), ("all", WHOLE)):
         for name, scheme in known([name for name in names if name in schemes]):
             for algorithm in algorithms(scheme):
                 yield from measured(subject, weights, name, algorithm)
     for name, scheme in known([name for name in PREPARED if name in schemes]):
-        for prepare, made in PREPARATIONS.items():
-            for algorithm in (DEFAULT, BEST) if made.of(scheme) else ():
-                yield from measured(subject, "layers", name, algorithm, prepare)
+        served = dict[str, float]()
+        for prepare in (prepare for prepare, made in PREPARATIONS.items() if made.of(scheme)):
+            yield from measured(subject, "layers", name, DEFAULT, prepare)
+            for row in measured(subject, "layers", name, BEST, prepare):
+                served[prepare] = row.divergence
+                yield row
+        if served:
+            yield from measured(subject, "layers", name, TRAINED, min(served, key=lambda name: served[name]))
 
 
 def measured(subject: Subject, weights: str, scheme: str, algorithm: str, prepare: str = "") -> Iterator[Row]:

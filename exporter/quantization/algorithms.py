@@ -87,10 +87,10 @@ ALGORITHMS = {
         from_hessian=partial(_gptq, act_order=True, sweeps=SWEEPS),
     ),
     "qat": Algorithm(
-        "GPTQ's integers and scales, trained together so that the model's predictions on the calibration text come as "
-        "near to the float model's as they can: gradients go straight through the rounding (Bengio et al. 2013, arXiv "
-        "1308.3432), the float model is the teacher (Hinton et al. 2015, arXiv 1503.02531)",
-        trained_from="gptq",
+        "gptq-descent's integers and scales, trained together so that the model's predictions on the calibration text "
+        "come as near to the float model's as they can: gradients go straight through the rounding (Bengio et al. "
+        "2013, arXiv 1308.3432), the float model is the teacher (Hinton et al. 2015, arXiv 1503.02531)",
+        trained_from="gptq-descent",
     ),
 }
 TABLE_DEFAULT = "kmeans"

@@ -33,12 +33,15 @@ def descend(
     inputs, _ = w.shape
     size = inputs // len(scales)
     block = min(size, BLOCK)
+    starts = [start for first in range(0, inputs, size) for start in range(first, first + size, block)]
     diagonal = hessian.diagonal()
     used = (diagonal > 0).tolist()
     slope = hessian @ (q * scales.repeat_interleave(size, 0) - w)  # half of the error's, in each weight
     for _ in range(sweeps):
-        for start in range(0, inputs, block):
-            stop, group = start + block, start // size
+        for start in starts:
+            group = start // size
+            end = (group + 1) * size
+            stop = min(start + block, end)
             rows, scale = q[start:stop], scales[group]
             before, near, step = rows * scale, slope[start:stop].clone(), torch.empty_like(scale)
             for i in range(start, stop):
@@ -53,8 +56,8 @@ def descend(
             if rescale and block == size:
                 _rescale(rows, scale, near, hessian[start:stop, start:stop])
             slope.addmm_(hessian[:, start:stop], rows * scale - before)
-            if rescale and block < size and stop % size == 0:
-                group_rows = slice(group * size, stop)
+            if rescale and block < size and stop == end:
+                group_rows = slice(group * size, end)
                 change = _rescale(q[group_rows], scale, slope[group_rows], hessian[group_rows, group_rows])
                 slope.addmm_(hessian[:, group_rows], q[group_rows] * change)
 

@@ -4,11 +4,11 @@ The teacher is the float model: the loss is the KL divergence of the student's p
 2015, arxiv.org/abs/1503.02531, at temperature 1), so that no text has to be right, and nothing is learned that the
 teacher does not know. It runs once; what its last layer gives is kept in a file, and only its head is computed again.
 
-Training starts at GPTQ's integers and scales: a latent (see `quantization.latents`) is the float weight, moved to the
-nearest point that rounds to GPTQ's integer. So no step at all gives GPTQ's weights, and a weight that GPTQ rounded the
-other way is the quickest to change its mind. Norms and biases stay as they are, and activations are not rounded: the
-integers are the same for every format and engine. An eighth of the sequences is kept aside, and if the trained weights
-predict those no better, the ones that training started from are kept.
+Training starts at the integers and scales of gptq-descent: a latent (see `quantization.latents`) is the float weight,
+moved to the nearest point that rounds to its integer. So no step at all gives those weights, and a weight that was
+rounded the other way is the quickest to change its mind. Norms and biases stay as they are, and activations are not
+rounded: the integers are the same for every format and engine. An eighth of the sequences is kept aside, and if the
+trained weights predict those no better, the ones that training started from are kept.
 
 A latent, its gradient and Adam's two moments are in memory for every weight; of what the integers stand for, and of
 values on their way, there is one layer at a time (`training.plan_training` tells how much). After each tenth of the

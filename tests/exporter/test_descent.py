@@ -51,9 +51,11 @@ def plain_sweep(w: np.ndarray, q: np.ndarray, scales: np.ndarray, h: np.ndarray,
         scale += np.where(change * (change * curve + 2 * slant) < 0, change, 0)
 
 
-@pytest.mark.parametrize("name", ["int4", "int4-g128", "int4-g16", "int8"])
-def test_a_sweep_is_the_plain_one(name):
-    scheme, (w, h) = parse_scheme(name), problem(256, 12, seed=1)
+@pytest.mark.parametrize(
+    ("name", "inputs"), [("int4", 256), ("int4-g128", 256), ("int4-g16", 256), ("int8", 256), ("w4a16", 200)]
+)
+def test_a_sweep_is_the_plain_one(name, inputs):
+    scheme, (w, h) = parse_scheme(name), problem(inputs, 12, seed=1)
     q, scales = rounded(w, scheme)
     high = 2 ** (scheme.bits - 1) - 1
     wanted_q, wanted_scales = q.double().numpy(), scales.double().numpy()

@@ -1,4 +1,5 @@
-"""Quantization-aware training: the right gradients, from GPTQ's integers, cut off and taken up, better than GPTQ."""
+"""Quantization-aware training: the right gradients, from gptq-descent's integers, cut off and taken up,
+better than those."""
 
 import copy
 from collections.abc import Sequence
@@ -172,16 +173,16 @@ def test_the_loss_and_its_gradients_are_those_of_transformers(family, checkpoint
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_no_steps_give_gptqs_weights(scheme, checkpoints, tmp_path):
+def test_no_steps_give_the_weights_it_starts_from(scheme, checkpoints, tmp_path):
     with open_checkpoint(checkpoints.folder("qwen2")) as source:
         start, made = run(source, Recipe.uniform(scheme, "qat"), tmp_path, 0)
         assert digests(source, start) == digests(source, made)
-        gptq = Recipe.uniform(scheme, "gptq").resolve(source.architecture)
-        found = quantize_layers(source, gptq, IDS, 96, started(tmp_path / "gptq"))
-        assert digests(source, QuantizedWeights(source, gptq, found=found)) == digests(source, made)
+        first = Recipe.uniform(scheme, "gptq-descent").resolve(source.architecture)
+        found = quantize_layers(source, first, IDS, 96, started(tmp_path / "first"))
+        assert digests(source, QuantizedWeights(source, first, found=found)) == digests(source, made)
     report = next(report for report in made.reports if report.name == "layers.1.mlp.up")
     before = next(report for report in start.reports if report.name == "layers.1.mlp.up")
-    assert (report.algorithm, before.algorithm, report.note) == ("qat", "gptq", before.note)
+    assert (report.algorithm, before.algorithm, report.note) == ("qat", "gptq-descent", before.note)
     assert report.error == pytest.approx(before.error, rel=1e-4)
     assert report.max_error == pytest.approx(before.max_error, rel=1e-4)
 
