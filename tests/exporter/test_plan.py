@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 import profiles
 from exporter.architecture import Architecture, read_architecture
 from exporter.errors import PlanRefused, RecipeError, UsageError
-from exporter.plan import Plan, make_plan, memory_budget
+from exporter.plan import Plan, make_plan
 from exporter.quantization.recipe import Recipe, Rule
+from exporter.sizing import memory_budget
 from profiles import AmbiguousDevice, UnknownDevice
 from runtimes.bundle import Choice
 
