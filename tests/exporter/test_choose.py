@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plans import choice
 
 import profiles
 from exporter import known, routes
@@ -17,7 +18,6 @@ from exporter.plan import Plan, choose
 from exporter.quantization.recipe import find_recipe
 from exporter.quantization.scheme import SCHEMES
 from exporter.sizing import memory_budget
-from runtimes.bundle import Choice
 
 MODELS = known.catalogue()
 RULES = Path(routes.__file__).parent / "rules.toml"
@@ -30,11 +30,6 @@ def plan(
 ) -> Plan:
     target = profiles.find(device) if device else None
     return choose(target, MODELS[model], Asked(**asked), compilers)
-
-
-def choice(made: Plan, topic: str) -> Choice:
-    (found,) = [one for one in made.choices if one.topic == topic]
-    return found
 
 
 @pytest.mark.parametrize(
