@@ -1,6 +1,7 @@
 """What is asked for, what is planned, and what is not known, for public models on known phones."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,6 +90,24 @@ def test_a_recipe_is_followed_and_told() -> None:
 def test_what_is_not_known_is_said(asked: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         make_plan(architecture("Llama-3.2-1B"), **asked)
+
+
+def test_a_context_in_blocks_names_the_next_block() -> None:
+    arch = architecture("Llama-3.2-1B")
+    with pytest.raises(PlanRefused, match=r"1000 tokens was asked for, but coreai .* of 64: ask for 1024$"):
+        make_plan(arch, format="coreai", context=1000)
+    assert make_plan(arch, format="coreai", context=1024).context == 1024
+
+
+def test_a_calibration_text_is_for_what_is_found_on_one(tmp_path: Path) -> None:
+    text = tmp_path / "대화.txt"
+    text.write_text("안녕하세요.", encoding="utf-8")
+    arch, found_on_it = architecture("Llama-3.2-1B"), ({"algorithm": "gptq"}, {"prepare": ("awq",)})
+    for asked in (*found_on_it, {"device": "Galaxy S24 Ultra", "scheme": "w8a16"}):
+        made = make_plan(arch, calibration=text, **{"scheme": "int4", **asked})
+        assert choice(made, "calibration").value == "대화.txt"
+    with pytest.raises(UsageError, match="--calibration is for what is found on a text"):
+        make_plan(arch, calibration=text, scheme="int4")
 
 
 def test_the_fingerprint_changes_with_all_that_determines_the_output() -> None:

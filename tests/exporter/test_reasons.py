@@ -19,11 +19,11 @@ def test_every_topic_has_its_choice() -> None:
 @pytest.mark.parametrize(
     ("device", "words"),
     [
-        ("Galaxy S24 Ultra", ("NPU (Hexagon) stands idle", "as asked for")),
+        ("Galaxy S24 Ultra", ("NPU (Hexagon) stands idle: as asked for",)),
         ("galaxy-s24-exynos", ("NPU (Exynos NPU (17K MAC)) stands idle", "Samsung")),
         ("Pixel 9", ("NPU (Tensor Processing Unit) stands idle", "Google's compiler")),
-        ("iPhone 14", ("NPU (Neural Engine) stands idle", "as asked for")),
-        ("MacBook Air M2", ("NPU (Neural Engine) stands idle", "as asked for")),
+        ("iPhone 14", ("NPU (Neural Engine) stands idle: as asked for",)),
+        ("MacBook Air M2", ("NPU (Neural Engine) stands idle: the GPU of the M2",)),
         ("Raspberry Pi 5", ("every phone and computer",)),
         (None, ("every phone and computer",)),
     ],
@@ -33,6 +33,20 @@ def test_the_backend_says_what_stands_idle(device: str | None, words: tuple[str,
     backend = choice(plan, "backend")
     assert backend.value == "CPU (ONNX Runtime)"
     assert all(word in backend.reason for word in words)
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "others"),
+    [
+        ("Qwen2.5-7B", "Pixel 8", {"int4": "ram-budget"}),  # int4-g128 is planned
+        ("Llama-3.2-1B", "Pixel 9", {"int4-g128": "in-order"}),  # int4 is
+    ],
+)
+def test_schemes_before_leave_too_little_memory_and_those_after_would_do(
+    model: str, device: str, others: dict[str, str]
+) -> None:
+    found = choice(make_plan(architecture(model), device=device), "scheme").alternatives
+    assert {one.value: one.rule for one in found} == others
 
 
 def test_unknown_bandwidth_is_said_instead_of_guessed() -> None:
