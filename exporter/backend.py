@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from exporter.architecture import Architecture
 from exporter.errors import GochuError, PlanRefused, RecipeError, UsageError
@@ -20,6 +21,7 @@ from exporter.npu.hexagon_plan import Wishes
 from exporter.quantization.recipe import Fit, Recipe, find_recipe
 from exporter.quantization.scheme import Scheme, parse_scheme
 from exporter.routes import Facts, Planned, Route, Rule, against, routes
+from profiles import Device
 from runtimes.bundle import Alternative
 
 SMALL_MODEL = 100_000_000  # parameters
@@ -56,6 +58,22 @@ NOTHING = Asked()  # all is planned
 
 
 @dataclass(frozen=True)
+class Request:
+    """A model that a plan is asked for. `arch`: as it is after its preparations, `original` before them; `device`: None
+    for this computer; `facts`: what rules ask of them (`routes.describe`)."""
+
+    original: Architecture
+    arch: Architecture
+    device: Device | None
+    asked: Asked
+    facts: Facts
+
+    def instead(self, **asked: Any) -> "Request":
+        """The same, but for something else that is asked for."""
+        return replace(self, asked=replace(self.asked, **asked))
+
+
+@dataclass(frozen=True)
 class Way:
     """A route as it would be taken. `form`: its format as all its delegates take it; `delegates`: a variant for each,
     the preferred first; `recipes`: what to try, with the row that says why (None: as asked for); `warned`: the rules
@@ -83,12 +101,18 @@ class Refused:
     rule: str
     fits: bool = True
 
+    @classmethod
+    def by(cls, rule: Rule, route: Route, facts: Facts) -> "Refused":
+        """By a rule that stands against the route."""
+        why = rule.reason(facts)
+        return cls(route, PlanRefused(why, rule.id), why, rule.id)
+
     def alternative(self) -> Alternative:
         """The same for a plan."""
         return Alternative(value=self.route.title, reason=self.reason, rule=self.rule)
 
 
-def ways(arch: Architecture, asked: Asked, facts: Facts) -> tuple[tuple[Way, ...], tuple[Refused, ...]]:
+def ways(request: Request) -> tuple[tuple[Way, ...], tuple[Refused, ...]]:
     """The ways that can be taken, the one that is wanted most first, and the routes that cannot.
 
     A way that merely is slower is among them only where no other is left. Raises PlanRefused, RecipeError or UsageError
@@ -96,8 +120,8 @@ def ways(arch: Architecture, asked: Asked, facts: Facts) -> tuple[tuple[Way, ...
     """
     found: list[Way] = []
     refused: list[Refused] = []
-    for route in _wanted(asked, facts):
-        way = _way(route, arch, asked, facts)
+    for route in _wanted(request.asked, request.facts):
+        way = _way(route, request)
         if isinstance(way, Refused):
             refused.append(way)
         else:
@@ -110,12 +134,7 @@ def ways(arch: Architecture, asked: Asked, facts: Facts) -> tuple[tuple[Way, ...
         raise candidates[0].error
     if not clear:
         return tuple(found), tuple(refused)
-    refused += [
-        Refused(way.route, PlanRefused(why, rule.id), why, rule.id)
-        for way in found
-        for rule in way.warned[:1]
-        for why in [rule.reason(facts)]
-    ]
+    refused += [Refused.by(way.warned[0], way.route, request.facts) for way in found if way.warned]
     return tuple(clear), tuple(refused)
 
 
@@ -159,12 +178,12 @@ def _delegated(name: str, exported: Sequence[Route], asked: Asked, facts: Facts)
     return [route for route in exported if route.delegate == name]
 
 
-def _way(route: Route, arch: Architecture, asked: Asked, facts: Facts) -> Way | Refused:
+def _way(route: Route, request: Request) -> Way | Refused:
     """A route with what would be made of the model on it, or what forbids it."""
     form, delegate = FORMATS[route.format], find_delegate(route.delegate) if route.delegate else None
-    standing = against(route, facts)
+    asked, standing = request.asked, against(route, request.facts)
     try:
-        recipes = _offered(route, arch, asked)
+        recipes = _offered(route, request.arch, asked)
         delegates = _delegates(delegate, recipes)
         fitted = fit(form, delegates)
         for scheme in asked.schemes():
@@ -174,8 +193,7 @@ def _way(route: Route, arch: Architecture, asked: Asked, facts: Facts) -> Way | 
         return Refused(route, RecipeError(f"{error} [weights-fit]"), str(error), "weights-fit", fits=False)
     for rule in standing:
         if rule.effect == "forbids":
-            why = rule.reason(facts)
-            return Refused(route, PlanRefused(why, rule.id), why, rule.id)
+            return Refused.by(rule, route, request.facts)
     offers = route.takes or (delegate.schemes if delegate else form.schemes)
     by_quality = tuple(sorted(offers, key=lambda name: -parse_scheme(name).bits))
     engine = "qnn" if HEXAGON in delegates else form.engine

@@ -4,7 +4,6 @@ Nothing heavy is imported here: `gochu --help` answers at once. JSON goes to sta
 text that a model generates; everything else goes to standard error.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exporter import cli_fit, cli_quality, cli_quantize, cli_report, cli_target
+from exporter.cli_options import (
+    AlgorithmOption,
+    BundleArgument,
+    CalibrationOption,
+    CheckpointArgument,
+    ChipsOption,
+    ContextOption,
+    CpuOpsOption,
+    DelegateOption,
+    DeviceOption,
+    FormatOption,
+    Json,
+    OnOption,
+    PrepareOption,
+    QatStepsOption,
+    RecipeOption,
+    RevisionOption,
+    SchemeOption,
+    SplitOption,
+    ThreadsOption,
+    VariantOption,
+    names,
+    print_json,
+)
 from exporter.errors import GochuError
 
 if TYPE_CHECKING:
@@ -32,77 +55,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_target.app, name="target")
-
-CheckpointArgument = Annotated[
-    str,
-    typer.Argument(help="A folder, a Hugging Face repository id (org/model), or pepper, the embedded model."),
-]
-BundleArgument = Annotated[Path, typer.Argument(help="The bundle's folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output, and no tables.")]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option("--device", "-d", help="The phone: its name, model code or chip. See `gochu devices`."),
-]
-SchemeOption = Annotated[
-    str | None, typer.Option(help="fp32, fp16, int8, int4, int4-g128 (default: planned for the device).")
-]
-AlgorithmOption = Annotated[
-    str,
-    typer.Option(
-        help="How integers are found: rtn (least error), rtn-absmax; gptq, gptq-act-order, qat (on a calibration text)."
-    ),
-]
-RecipeOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Which tensor gets which scheme: a TOML file, or one that is shipped (see `gochu recipes`)."
-    ),
-]
-ContextOption = Annotated[int | None, typer.Option(help="Tokens that the graph can hold (default: planned).")]
-FormatOption = Annotated[
-    str | None, typer.Option("--format", help="onnx, executorch, coreml or coreai (default: planned).")
-]
-DelegateOption = Annotated[
-    str | None,
-    typer.Option(
-        help="What computes beside the CPU: hexagon (ONNX); ane, gpu (Core ML); vulkan, coreml, qualcomm, mediatek "
-        "(ExecuTorch); or cpu, nothing (default: planned for the device)."
-    ),
-]
-ChipsOption = Annotated[
-    str,
-    typer.Option(help="With --delegate hexagon: the chips to compile for (sm8650,sm8750), or all."),
-]
-CpuOpsOption = Annotated[
-    bool, typer.Option("--allow-cpu-ops", help="Accept operations that the NPU does not take.")
-]
-CalibrationOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--calibration",
-        help="For what is found on a text (gptq, clip, qat, awq, smoothquant, w8a16, w4a16): a .txt or .jsonl file of "
-        "the model's kind; self: the model writes it.",
-        dir_okay=False,
-    ),
-]
-PrepareOption = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME[,NAME]",
-        help="What is done to the float weights before: hadamard; awq or smoothquant (on a calibration text).",
-    ),
-]
-QatStepsOption = Annotated[
-    int | None,
-    typer.Option("--qat-steps", help="How many steps --algorithm qat trains (default: 100).", min=0),
-]
-SplitOption = Annotated[
-    bool, typer.Option("--split/--no-split", help="Cut a model that is too large for one graph of the NPU.")
-]
-OnOption = Annotated[str | None, typer.Option("--on", help="Run it in a simulator: htp-simulator.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads (default: the physical cores).", min=1)]
-VariantOption = Annotated[str | None, typer.Option(help="Which variant (default: the first that runs here).")]
 
 
 def _help(text: str, *examples: str) -> str:
@@ -174,7 +126,7 @@ def export(
             delegate=delegate,
             wishes=_wishes(chips, split, allow_cpu_ops),
             calibration=calibration,
-            prepare=_names(prepare),
+            prepare=names(prepare),
             qat_steps=qat_steps,
             revision=revision,
             verify=verify,
@@ -189,7 +141,7 @@ def export(
             v.model_dump(mode="json", include={"name", "format", "scheme", "context"})
             for v in manifest.variants
         ]
-        _print_json({"bundle": str(output), "bytes": bundle.size(), **summary, "variants": variants})
+        print_json({"bundle": str(output), "bytes": bundle.size(), **summary, "variants": variants})
         return
     console.show_choices(
         f"Plan: {manifest.model.name} for {manifest.device or 'this computer'}", manifest.plan
@@ -242,11 +194,11 @@ def plan(
         delegate=delegate,
         wishes=_wishes(chips, split, allow_cpu_ops),
         calibration=calibration,
-        prepare=_names(prepare),
+        prepare=names(prepare),
         qat_steps=qat_steps,
     )
     if as_json:
-        _print_json({"checkpoint": name, **made.to_dict()})
+        print_json({"checkpoint": name, **made.to_dict()})
         return
     from exporter import console
 
@@ -290,7 +242,7 @@ def devices(
         device = profiles.find(" ".join(words[1:]))
         if as_json:
             figures = ("ram_bytes", "app_memory_bytes", "entitled_app_memory_bytes", "app_memory_reason")
-            _print_json(
+            print_json(
                 {**device.model_dump(mode="json"), **{name: getattr(device, name) for name in figures}}
             )
             return
@@ -302,7 +254,7 @@ def devices(
         " ".join(words), chip=chip, npu=npu, ram_at_least_gib=cli_fit.ram_gib(ram_at_least)
     )
     if as_json:
-        _print_json(
+        print_json(
             [
                 {
                     "id": device.id,
@@ -418,7 +370,7 @@ def _converse(chat: "Chat", max_tokens: int) -> None:
 
 def _report(model: "Model", generation: "Generation", as_json: bool) -> None:
     if as_json:
-        _print_json(
+        print_json(
             {
                 "text": generation.text,
                 "tokens": list(generation.tokens),
@@ -633,7 +585,7 @@ def verify(bundle: BundleArgument = Path("out"), as_json: Json = False) -> None:
     with console.progress() as progress:
         gate = verify(opened, lambda check: progress(f"verify {check}", 0, 0))
     if as_json:
-        _print_json(gate.model_dump(mode="json"))
+        print_json(gate.model_dump(mode="json"))
     else:
         console.show_gate(gate)
 
@@ -688,7 +640,7 @@ def score(
     with load(bundle, variant=variant, threads=threads, on=on) as model:
         result = score(lambda prompt: model.generate(prompt, max_tokens=32).text, held_out(questions))
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         console.show_score(result)
 
@@ -707,12 +659,7 @@ def _wishes(chips: str, split: bool, allow_cpu_ops: bool) -> "Wishes":
     """What is asked of an NPU's compiler."""
     from exporter.npu.hexagon_plan import Wishes
 
-    return Wishes(_names(chips), split, allow_cpu_ops)
-
-
-def _names(listed: str) -> tuple[str, ...]:
-    """Names between commas."""
-    return tuple(name.strip() for name in listed.split(",") if name.strip())
+    return Wishes(names(chips), split, allow_cpu_ops)
 
 
 def _recipe(name: str | None) -> "Recipe | None":
@@ -721,10 +668,6 @@ def _recipe(name: str | None) -> "Recipe | None":
     from exporter.quantization.recipe import find_recipe
 
     return find_recipe(name)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 cli_quantize.register(app)

@@ -1,11 +1,12 @@
 """The command `gochu fit`: which models fit on which devices."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from exporter.cli_options import Json, names, print_json
 
 _FIT = """Show which models fit on which devices, by which schemes: size, memory, speed, and why. It needs no weights.
 
@@ -60,9 +61,7 @@ def fit(
         typer.Option(help="Write the table into this file; - is standard output.", dir_okay=False),
     ] = None,
     lang: Annotated[str, typer.Option("--lang", help="Of the page: en or ko.")] = "en",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON value on standard output, and no tables.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     from exporter import console, known
     from exporter import fit as fitting
@@ -71,9 +70,9 @@ def fit(
     words = Words(lang)
     models = known.catalogue() if checkpoint is None else dict([known.describe_model(checkpoint)])
     usual = fitting.SCHEMES if checkpoint is not None else (fitting.PLANNED,)
-    schemes = tuple(_names(scheme)) or usual
+    schemes = names(scheme) or usual
     found = fitting.find_devices(device or [], devices)
-    if sizes := [ram_gib(size) for size in _names(ram)]:
+    if sizes := [ram_gib(size) for size in names(ram)]:
         found = tuple(fitting.with_ram(each, size) for each in found for size in sizes)
     cells = fitting.fit(models, found, schemes, context)
     if html is not None:
@@ -90,16 +89,12 @@ def fit(
 
             reports.write(text, csv)
     if as_json:
-        print(json.dumps([cell.to_dict() for cell in cells], ensure_ascii=False, indent=2))
+        print_json([cell.to_dict() for cell in cells])
     elif csv is None or str(csv) != "-":
         console.show_fit(cells)
     for file in (html, csv):
         if file is not None and str(file) != "-":
             console.console.print(f"wrote {file}", markup=False)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def ram_gib(size: str) -> float:

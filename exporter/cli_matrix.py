@@ -49,6 +49,7 @@ class Export(Strict):
     split: bool = True
     calibration: str | None = None
     prepare: tuple[str, ...] = ()
+    qat_steps: int | None = None
     revision: str | None = None
     verify: bool = True
     max_kl: float | None = None

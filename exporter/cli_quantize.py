@@ -1,10 +1,11 @@
 """Commands over recipes: `gochu quantize`, which makes one, and `gochu recipes`, which shows those that are shipped."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from exporter.cli_options import CheckpointArgument, Json, RevisionOption, print_json
 
 if TYPE_CHECKING:
     from exporter.quantization.mixed import Mixed
@@ -48,12 +49,7 @@ def quantize(
     target_bits: Annotated[
         float, typer.Option("--target-bits", metavar="BITS", help="Bits a weight on average, such as 4.5.")
     ],
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            help="A folder, a Hugging Face repository id (org/model), or pepper, the embedded model."
-        ),
-    ] = "pepper",
+    checkpoint: CheckpointArgument = "pepper",
     scheme: Annotated[str, typer.Option(help="What most weights become.")] = "int4",
     raise_to: Annotated[str, typer.Option("--raise-to", help="What the most sensitive become.")] = "int8",
     measure: Annotated[
@@ -73,14 +69,12 @@ def quantize(
             dir_okay=False,
         ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    revision: RevisionOption = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe's file.", dir_okay=False)] = Path(
         "recipe.toml"
     ),
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON value on standard output, and no tables.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     from exporter import console
     from exporter.checkpoint import open_checkpoint
@@ -102,7 +96,7 @@ def quantize(
             progress=progress,
         )
     if as_json:
-        _print_json({"output": str(output), **mixed.to_dict()})
+        print_json({"output": str(output), **mixed.to_dict()})
         return
     _show(mixed, output)
 
@@ -122,9 +116,7 @@ def recipes(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[show NAME]", help="Print the TOML of this one.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON value on standard output, and no tables.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     from exporter import console
     from exporter.errors import UsageError
@@ -138,7 +130,7 @@ def recipes(
             )
         text = recipe_text(words[1])
         if as_json:
-            _print_json(find_recipe(words[1]).model_dump(mode="json"))
+            print_json(find_recipe(words[1]).model_dump(mode="json"))
         else:
             print(text, end="")
         return
@@ -152,10 +144,6 @@ def recipes(
         for name in shipped_recipes()
     ]
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         console.show_recipes(found)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))

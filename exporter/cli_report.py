@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from exporter.cli_options import Json
+
 if TYPE_CHECKING:
     from runtimes.compare import Compared
 
@@ -82,9 +84,7 @@ def compare(
     threshold: Annotated[
         str, typer.Option(metavar="SHARE", help="How much worse a figure may be, as 5% or 0.05.")
     ] = "5%",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON value on standard output, and no tables.")
-    ] = False,
+    as_json: Json = False,
     lang: LangOption = "en",
 ) -> None:
     from exporter import console

@@ -1,9 +1,10 @@
 """`gochu target`: where a bundle can be measured, and making ready what that needs."""
 
-import json
 from typing import Annotated
 
 import typer
+
+from exporter.cli_options import Json, print_json
 
 app = typer.Typer(
     help="Where bundles are measured (`gochu bench --on`): list the targets, set one up.\n\n"
@@ -11,8 +12,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output, and no tables.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -31,7 +30,7 @@ def list_targets(as_json: Json = False) -> None:
 
     found = [targets.about(name) for name in targets.known()]
     if as_json:
-        print(json.dumps([each.model_dump() for each in found], ensure_ascii=False, indent=2))
+        print_json([each.model_dump() for each in found])
         return
     from exporter import console
 
@@ -51,7 +50,7 @@ def setup(
     with console.progress() as progress:
         folder = targets.setup(name, lambda what: progress(what, 0, 0))
     if as_json:
-        print(json.dumps({"target": name, "folder": str(folder)}, ensure_ascii=False, indent=2))
+        print_json({"target": name, "folder": str(folder)})
     else:
         console.console.print(
             f"target {name} is ready ({folder}); try: gochu bench out/ --on {name}", markup=False

@@ -11,7 +11,8 @@ import profiles
 from exporter.architecture import Architecture
 from exporter.backend import Asked
 from exporter.errors import PlanRefused, RecipeError, UsageError
-from exporter.plan import TIGHT, Plan, choose, memory_budget
+from exporter.plan import Plan, choose
+from exporter.sizing import is_tight, memory_budget
 from profiles import Device, UnknownDevice
 
 Verdict = Literal["fits", "tight", "no"]
@@ -45,7 +46,7 @@ class Cell:
         """Whether it fits."""
         if self.plan is None:
             return "no"
-        return "tight" if self.plan.prediction.memory.value > TIGHT * self.budget else "fits"
+        return "tight" if is_tight(self.plan.prediction.memory.value, self.budget) else "fits"
 
     @property
     def share(self) -> float | None:

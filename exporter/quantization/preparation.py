@@ -16,7 +16,7 @@ from exporter.architecture import Architecture
 from exporter.checkpoint import Source
 from exporter.errors import RecipeError
 from exporter.quantization.folding import Linears
-from exporter.quantization.recipe import Decision
+from exporter.quantization.recipe import Decision, Recipe, calibrated
 from exporter.quantization.rotation import Rotated, rotated_architecture, turns_stream
 from exporter.quantization.scheme import Scheme
 from exporter.quantization.smoothquant import smoothquant_scales
@@ -117,6 +117,11 @@ def refuse_idle(names: Sequence[str], decisions: Mapping[str, Decision]) -> None
 def finder(names: Sequence[str]) -> Preparation | None:
     """That of the preparations which finds scales on a calibration text."""
     return next((PREPARATIONS[name] for name in names if PREPARATIONS[name].find), None)
+
+
+def needs_text(recipe: Recipe, decisions: Mapping[str, Decision]) -> bool:
+    """Whether weights, or scales that are folded into them, are found on a calibration text."""
+    return bool(calibrated(decisions)) or finder(recipe.prepare) is not None
 
 
 def prepared(source: Source, names: Sequence[str]) -> Source:

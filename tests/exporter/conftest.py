@@ -13,7 +13,7 @@ from exporter.quantization.tensor import QuantizedTensor
 from runtimes import qnn
 from runtimes.bundle import EntryPoint, TensorSpec
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests share linear_problems.py
+sys.path.insert(0, str(Path(__file__).parent))  # tests share linear_problems.py and plans.py
 
 Run = Callable[[EntryPoint, dict[str, NDArray[Any]]], list[NDArray[Any]]]
 

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plans import choice
 
 import profiles
 from exporter import known, routes
 from exporter.backend import Asked
 from exporter.errors import PlanRefused, RecipeError, UsageError
 from exporter.npu.hexagon_plan import Wishes
-from exporter.plan import Plan, choose, memory_budget
+from exporter.plan import Plan, choose
 from exporter.quantization.recipe import find_recipe
 from exporter.quantization.scheme import SCHEMES
-from runtimes.bundle import Choice
+from exporter.sizing import memory_budget
 
 MODELS = known.catalogue()
 RULES = Path(routes.__file__).parent / "rules.toml"
@@ -29,11 +30,6 @@ def plan(
 ) -> Plan:
     target = profiles.find(device) if device else None
     return choose(target, MODELS[model], Asked(**asked), compilers)
-
-
-def choice(made: Plan, topic: str) -> Choice:
-    (found,) = [one for one in made.choices if one.topic == topic]
-    return found
 
 
 @pytest.mark.parametrize(
@@ -276,6 +272,6 @@ def test_the_table_has_no_idle_row() -> None:
 
 def test_no_code_knows_a_device() -> None:
     names = {d.name for d in profiles.devices()} | {d.id for d in profiles.devices()} - {"laptop"}
-    for module in ("plan", "routes", "backend"):
+    for module in ("plan", "sizing", "reasons", "routes", "backend"):
         text = (RULES.parent / f"{module}.py").read_text(encoding="utf-8")
         assert not [name for name in names if f'"{name}"' in text]

@@ -1,5 +1,6 @@
 """`gochu bench --matrix` with exports first, and the table that moves while it runs."""
 
+import inspect
 import io
 import json
 import re
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from exporter import cli_matrix
+from exporter import cli, cli_matrix
 from exporter.errors import OutputExists, UsageError
 from runtimes import matrix_run
 from runtimes.bundle import Bundle
@@ -33,6 +34,11 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "m.toml"
     path.write_text(MATRIX, encoding="utf-8")
     return path
+
+
+def test_a_matrix_can_say_what_gochu_export_can() -> None:
+    asked = set(inspect.signature(cli.export).parameters) - {"as_json"}
+    assert asked == cli_matrix.Export.model_fields.keys()
 
 
 def test_what_is_exported_is_measured_and_is_not_exported_twice(file: Path, gochu) -> None:

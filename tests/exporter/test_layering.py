@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,25 @@ def test_the_quantizers_know_no_format():
             assert not {
                 other for other in imports(path) if other.startswith(("exporter.formats", "runtimes.engines"))
             }
+
+
+def test_no_module_uses_the_private_names_of_another():
+    for name, path in modules().items():
+        tree, known = ast.parse(path.read_text(encoding="utf-8")), set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in PACKAGES:
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert not private, f"{name} imports {private} of {node.module}"
+                known |= {alias.asname or alias.name for alias in node.names}
+        own = {
+            node.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = node.value.id in known - own and node.value.id.islower()
+                assert not (module and re.match("_[a-z]", node.attr)), f"{name} uses {ast.unparse(node)}"
 
 
 def loaded_after(code: str) -> set[str]:
