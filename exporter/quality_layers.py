@@ -131,8 +131,3 @@ def logits(ops: TorchOps, states: States, size: int) -> Iterator[Tensor]:
     hidden = torch.cat([x[:, :-1].flatten(0, 1) for x in states])
     for rows in hidden.split(size):
         yield decoder.head(ops, ops.arch, rows[None])[0]
-
-
-def same_shapes(first: Side, second: Side) -> bool:
-    """Whether the two have the same layers, so that one's can be held against the other's."""
-    return dict(first.arch.matrices()) == dict(second.arch.matrices())
