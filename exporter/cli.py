@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exporter import cli_fit, cli_quality, cli_quantize, cli_report, cli_target
-from exporter.cli_options import PrepareOption, names
 from exporter.errors import GochuError
 
 if TYPE_CHECKING:
@@ -84,6 +83,13 @@ CalibrationOption = Annotated[
         help="For what is found on a text (gptq, clip, qat, awq, smoothquant, w8a16, w4a16): a .txt or .jsonl file of "
         "the model's kind; self: the model writes it.",
         dir_okay=False,
+    ),
+]
+PrepareOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[,NAME]",
+        help="What is done to the float weights before: hadamard; awq or smoothquant (on a calibration text).",
     ),
 ]
 QatStepsOption = Annotated[
@@ -168,7 +174,7 @@ def export(
             delegate=delegate,
             wishes=_wishes(chips, split, allow_cpu_ops),
             calibration=calibration,
-            prepare=names(prepare),
+            prepare=_names(prepare),
             qat_steps=qat_steps,
             revision=revision,
             verify=verify,
@@ -236,7 +242,7 @@ def plan(
         delegate=delegate,
         wishes=_wishes(chips, split, allow_cpu_ops),
         calibration=calibration,
-        prepare=names(prepare),
+        prepare=_names(prepare),
         qat_steps=qat_steps,
     )
     if as_json:
@@ -701,7 +707,12 @@ def _wishes(chips: str, split: bool, allow_cpu_ops: bool) -> "Wishes":
     """What is asked of an NPU's compiler."""
     from exporter.npu.hexagon_plan import Wishes
 
-    return Wishes(names(chips), split, allow_cpu_ops)
+    return Wishes(_names(chips), split, allow_cpu_ops)
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    """Names between commas."""
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
 def _recipe(name: str | None) -> "Recipe | None":

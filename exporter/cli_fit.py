@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from exporter.cli_options import names
-
 _FIT = """Show which models fit on which devices, by which schemes: size, memory, speed, and why. It needs no weights.
 
 With a checkpoint (or a model's name) it is that model on the devices; without one, all models of the catalogue: what
@@ -73,9 +71,9 @@ def fit(
     words = Words(lang)
     models = known.catalogue() if checkpoint is None else dict([known.describe_model(checkpoint)])
     usual = fitting.SCHEMES if checkpoint is not None else (fitting.PLANNED,)
-    schemes = names(scheme) or usual
+    schemes = tuple(_names(scheme)) or usual
     found = fitting.find_devices(device or [], devices)
-    if sizes := [ram_gib(size) for size in names(ram)]:
+    if sizes := [ram_gib(size) for size in _names(ram)]:
         found = tuple(fitting.with_ram(each, size) for each in found for size in sizes)
     cells = fitting.fit(models, found, schemes, context)
     if html is not None:
@@ -98,6 +96,10 @@ def fit(
     for file in (html, csv):
         if file is not None and str(file) != "-":
             console.console.print(f"wrote {file}", markup=False)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def ram_gib(size: str) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from exporter.cli_options import PrepareOption, names
+from exporter.cli_options import Json, PrepareOption, RevisionOption, names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,7 +74,7 @@ def quality(
         int | None,
         typer.Option(help="How many of pepper's questions both are asked (default: 200 of pepper).", min=0),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    revision: RevisionOption = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw error by layer into this file, .png or .svg.", dir_okay=False)
     ] = None,
@@ -82,9 +82,7 @@ def quality(
         Path | None,
         typer.Option(help="Write the report to this file, as JSON; a stopped run goes on.", dir_okay=False),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON value on standard output, and no tables.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     from runtimes import extras
 
