@@ -6,13 +6,11 @@ In torch with float activations, so that only weights differ. `pepper` is embedd
 
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import torch
 import train_model
 from lessons import conversations as lesson_texts
 from lessons import exam, stories
@@ -23,33 +21,26 @@ from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.pepper.questions import Question, held_out
 from exporter.pepper.score import score
 from exporter.pepper.train import conversations as pepper_texts
+from exporter.quality_answers import by_length, greedy
 from exporter.quantization.preparation import prepared_architecture
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.stage import quantize
-from exporter.quantization.tensor import QuantizedTensor
-from exporter.quantization.weights import FloatWeights, QuantizedWeights
+from exporter.quantization.weights import FloatWeights, QuantizedWeights, Remembered
 from exporter.staging import Staging
-from exporter.tokenizer import TOKENIZER, read_text_side
+from exporter.tokenizer import Encoder, read_text_side
 from exporter.torch_ops import TorchOps
-from runtimes.chat import ChatTemplate
-from runtimes.tokenizer import Tokenizer
+from runtimes.chat import Message
 
 CONTEXT, ANSWER = 512, 48  # tokens
 SEQUENCES, LENGTH = 256, 64  # that calibrate: beginnings of conversations that are that long
 
 
-class Kept(FloatWeights):
+class Kept(Remembered):
     """What other weights stand for, in float32, each asked for once."""
 
     def __init__(self, weights: QuantizedWeights, arch: Architecture) -> None:
-        super().__init__(weights, arch)
+        super().__init__(FloatWeights(weights, arch))
         self.arch = arch  # a preparation may have untied the head
-        self._kept: dict[str, QuantizedTensor] = {}
-
-    def matrix(self, name: str) -> QuantizedTensor:
-        if name not in self._kept:
-            self._kept[name] = super().matrix(name)
-        return self._kept[name]
 
 
 @dataclass(frozen=True)
@@ -79,13 +70,8 @@ class Subject:
     ) -> None:
         self.name, self.source, self.asked, self.told = name, source, asked, told
         side = read_text_side(source)
-        assert side.chat_template
-        self.folder = side.folder
-        self.tokenizer = Tokenizer(side.folder / TOKENIZER)
-        self.eos = set(side.tokens.eos)
-        bos, eos = self.tokenizer.token(side.tokens.bos), self.tokenizer.token(side.tokens.eos[0])
-        self.template = ChatTemplate(side.chat_template, bos_token=bos, eos_token=eos)
-        encoded = (self.tokenizer.encode(text, add_special=False) for text in texts)
+        self.folder, self.encoder, self.eos = side.folder, Encoder(side), set(side.tokens.eos)
+        encoded = (self.encoder.tokenizer.encode(text, add_special=False) for text in texts)
         self.sequences = list(islice((ids[:LENGTH] for ids in encoded if len(ids) >= LENGTH), SEQUENCES))
         plain = self.weights(Recipe.uniform("fp32"))[0]
         self.reference = [logits.log_softmax(-1) for logits in self._logits(plain)]
@@ -123,38 +109,24 @@ class Subject:
 
     def answers(self, weights: Kept) -> float:
         """Exact answers, in percent."""
-        prompts, said = [self._tokens(asked, answered=False) for asked in self.asked], dict[str, str]()
-        for places, batch in by_length(prompts):
-            ops, made = TorchOps(weights.arch, weights, CONTEXT, rounded=0), list[Tensor]()
-            given, ended = batch, torch.zeros(len(batch), dtype=torch.bool)
-            while len(made) < ANSWER and not ended.all():
-                made.append(given := ops.run(given)[:, -1:].argmax(-1))
-                ended |= torch.isin(given[:, 0], torch.tensor(sorted(self.eos)))
-            for place, ids in zip(places, torch.cat(made, 1).tolist(), strict=True):
-                end = next((i for i, token in enumerate(ids) if token in self.eos), len(ids))
-                said[self.asked[place].prompt] = self.tokenizer.decode(ids[:end])
-        return 100 * score(said.__getitem__, self.asked).overall.rate
+        prompts, said = [self.encoder.prompt(asked.prompt) for asked in self.asked], dict[str, str]()
 
-    def _tokens(self, asked: Question, answered: bool) -> list[int]:
-        turns = [{"role": "user", "content": asked.prompt}]
-        turns += [{"role": "assistant", "content": asked.answer}] if answered else []
-        text = self.template.render(turns, add_generation_prompt=not answered)
-        return self.tokenizer.encode(text, add_special=False)
+        def ops() -> TorchOps:
+            return TorchOps(weights.arch, weights, CONTEXT, rounded=0)
+
+        for place, ids in greedy(ops, prompts, self.eos, ANSWER):
+            said[self.asked[place].prompt] = self.encoder.tokenizer.decode(ids)
+        return 100 * score(said.__getitem__, self.asked).overall.rate
 
     def _logits(self, weights: Kept) -> Iterable[Tensor]:
         """After each token of all questions with their answers, batch by batch, [sequences, length, vocab]."""
-        read = [self._tokens(asked, answered=True) for asked in (*self.asked, *self.told)]
+        read = [self.encoder.document(_conversation(asked)) for asked in (*self.asked, *self.told)]
         for _, batch in by_length(read):
             yield TorchOps(weights.arch, weights, CONTEXT, rounded=0).run(batch)
 
 
-def by_length(sequences: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
-    """Sequences of one length together, and their places."""
-    places = defaultdict[int, list[int]](list)
-    for place, sequence in enumerate(sequences):
-        places[len(sequence)].append(place)
-    for some in places.values():
-        yield some, torch.tensor([sequences[place] for place in some])
+def _conversation(asked: Question) -> list[Message]:
+    return [{"role": "user", "content": asked.prompt}, {"role": "assistant", "content": asked.answer}]
 
 
 def pepper(questions: int) -> Subject:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from exporter.cli_options import Json, RevisionOption
+from exporter.cli_options import Json, PrepareOption, RevisionOption, names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +26,8 @@ Examples:
   gochu quality pepper --scheme int4 --algorithm gptq --plot quality.png
 
   gochu quality ./Qwen2.5-0.5B-Instruct out/ --text 대화.jsonl --tokens 8192 --out report.json
+
+  gochu quality pepper --scheme int4 --prepare awq
 
   gochu quality pepper --scheme int4 --activations onnxruntime --json
 
@@ -51,6 +53,7 @@ def quality(
     recipe: Annotated[
         str | None, typer.Option(help="Or by a recipe: a TOML file, or one that is shipped.")
     ] = None,
+    prepare: PrepareOption = "",
     calibration: Annotated[
         Path | None, typer.Option(help="The text that B is calibrated on (.txt, .jsonl).", dir_okay=False)
     ] = None,
@@ -103,6 +106,7 @@ def quality(
             scheme=scheme,
             recipe=find_recipe(recipe) if recipe else None,
             algorithm=algorithm,
+            prepare=names(prepare),
             calibration=calibration,
             activations=activations,
             variant=variant,
@@ -171,8 +175,9 @@ def _show(found: "Quality") -> None:
             "Signal to noise in dB: of each layer's output, errors before it included, and of products"
         )
         console.print(_by_layer(found, table))
+        console.print(_ends(found) + "\n")
+    if lossy := sorted((t for t in found.tensors if t.output_db is not None), key=lambda t: t.output_db or 0):
         console.print("What loses most, in dB")
-        lossy = sorted((t for t in found.tensors if t.output_db is not None), key=lambda t: t.output_db or 0)
         worst = table("tensor", "scheme", "weights", "its product")
         for tensor in lossy[:_SHOWN]:
             worst.add_row(tensor.name, tensor.scheme, _db(tensor.weights_db), _db(tensor.output_db))
@@ -190,11 +195,17 @@ def _by_layer(found: "Quality", table: "Callable[..., Table]") -> "Table":
     for i, layer in enumerate(found.layers):
         row = [products[i, kind] for kind in inside]
         grid.add_row(str(i), _db(layer.output_db), *row, end_section=i + 1 == len(found.layers))
-    grid.add_row("products", "", *(_db(kinds[kind][1]) for kind in inside))
-    grid.add_row("weights", "", *(_db(kinds[kind][0]) for kind in inside))
-    ends = [f"{kind} {_db(kinds[kind][1])} (weights {_db(kinds[kind][0])})" for kind in ("embedding", "head")]
-    grid.caption, grid.caption_justify = ", ".join(ends), "left"
+    if inside:
+        grid.add_row("products", "", *(_db(kinds[kind][1]) for kind in inside))
+        grid.add_row("weights", "", *(_db(kinds[kind][0]) for kind in inside))
     return grid
+
+
+def _ends(found: "Quality") -> str:
+    kinds = found.by_kind()
+    return ", ".join(
+        f"{kind} {_db(kinds[kind][1])} (weights {_db(kinds[kind][0])})" for kind in ("embedding", "head")
+    )
 
 
 def _db(ratio: float | None) -> str:

@@ -19,6 +19,7 @@ from exporter.npu.hexagon_plan import Wishes
 from exporter.plan import Plan, make_plan
 from exporter.quality_gate import QualityBounds, hold
 from exporter.quantization.calibration import calibration_sequences
+from exporter.quantization.folding import folded
 from exporter.quantization.preparation import prepared_architecture
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.stage import quantize
@@ -396,7 +397,7 @@ def _pass_gate(
         def quantized() -> QuantizedWeights:
             return QuantizedWeights(weights, plan.decisions, found=found)
 
-        checks = require_passed(hold(bundle, source, bounds, quantized, progress))
+        checks = require_passed(hold(bundle, source, bounds, quantized, progress, folded(weights)))
         return gate.model_copy(update={"checks": (*gate.checks, *checks)})
     except GochuError:
         discard(stage)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from exporter import quality_layers
 from exporter.errors import UsageError
-from exporter.quality_layers import Comparison, Ratio, same_shapes
+from exporter.quality_layers import Comparison, Ratio, States
+from exporter.quality_reference import find_reference
 from exporter.quality_sides import FLOAT, Progress, Side, Wanted, open_side
 from exporter.quantization.algorithms import DEFAULT
 from exporter.quantization.calibration import held_out_sequences, text_digest
@@ -59,18 +60,21 @@ class Answers(Strict):
 
 
 class Model(Strict):
-    """One of the two."""
+    """One of the two. `prepared`: what was done to its float weights before they were rounded."""
 
     name: str
     what: str
     bits_per_weight: float
     perplexity: float
     answers: Answers | None = None
+    prepared: tuple[str, ...] = ()
 
 
 class TensorQuality(Strict):
     """`weights_db`: SQNR of the weights themselves; `output_db`: of what the first model's activations become by
-    them, rounded as the engine does. None stands for no error at all. `kind`: one of KINDS."""
+    them, rounded as the engine does. None stands for no error at all. `kind`: one of KINDS.
+
+    Weights that were prepared are held against the first model's, prepared alike (`exporter.quality_reference`)."""
 
     name: str
     kind: str
@@ -127,6 +131,7 @@ def compare(
     scheme: str | None = None,
     recipe: Recipe | None = None,
     algorithm: str = DEFAULT,
+    prepare: tuple[str, ...] = (),
     calibration: Path | None = None,
     activations: str = FLOAT,
     variant: str | None = None,
@@ -139,16 +144,16 @@ def compare(
 ) -> Quality:
     """Hold `second` against `first`, which is right: checkpoints (folder, repository id, "pepper") or bundles.
 
-    A checkpoint is `first` in float; as `second` it is what `scheme` and `algorithm`, or `recipe`, make of it (on
-    `calibration`, where they need a text), with activations as an engine rounds them: "float", "onnxruntime" or
-    "executorch". Without `second`, that is the first checkpoint quantized. `variant`: of a bundle that is `second`.
-    `text`: a .txt or .jsonl file, of which `tokens` are used (default: see `held_out_sequences`). `questions`: how many
-    of pepper's both are asked (default: 200 of what comes from pepper, none of others). `work`: a folder that a
-    stopped run finds its quantized layers in. UsageError for models that do not belong together and for a text that
-    also calibrates; else as whatever is opened raises.
+    A checkpoint is `first` in float; as `second` it is what `scheme` and `algorithm`, or `recipe`, make of it after
+    `prepare` (on `calibration`, where they need a text), with activations as an engine rounds them: "float",
+    "onnxruntime" or "executorch". Without `second`, that is the first checkpoint quantized. `variant`: of a bundle that
+    is `second`. `text`: a .txt or .jsonl file, of which `tokens` are used (default: see `held_out_sequences`).
+    `questions`: how many of pepper's both are asked (default: 200 of what comes from pepper, none of others). `work`: a
+    folder that a stopped run finds its quantized layers in. UsageError for models that do not belong together and for a
+    text that also calibrates; else as whatever is opened raises.
 
     Memory: one layer of each model, the hidden states of all tokens, 4 M logits at a time, and what holds the largest
-    matrix in float32; of a bundle also what its engine takes.
+    matrix in float32; of a bundle also what its engine takes. The first model counts twice where `second` was prepared.
     """
     if text is not None and calibration is not None and text_digest(text) == text_digest(calibration):
         raise UsageError(
@@ -156,12 +161,20 @@ def compare(
         )
     if recipe is not None and (scheme is not None or algorithm != DEFAULT):
         raise UsageError("a recipe says schemes and algorithms itself: leave out --scheme and --algorithm")
+    if recipe is not None and recipe.prepare and prepare:
+        raise UsageError(
+            f"recipe {recipe.name} says itself what it prepares: drop --prepare or that line of it"
+        )
     if scheme is not None:
-        recipe = Recipe.uniform(scheme, algorithm)
-    elif recipe is None and algorithm != DEFAULT:
+        recipe = Recipe.uniform(scheme, algorithm, prepare)
+    elif recipe is not None:
+        recipe = recipe.model_copy(update={"prepare": prepare or recipe.prepare})
+    elif algorithm != DEFAULT:
         raise UsageError(
             f"{algorithm} finds integers of a scheme: give --scheme or --recipe with --algorithm"
         )
+    elif prepare:
+        raise UsageError("weights are prepared to be rounded: give --scheme or --recipe with --prepare")
     if second is None and recipe is None:
         raise UsageError("there is nothing to compare with: give a second model, or --scheme or --recipe")
     with ExitStack() as stack:
@@ -212,28 +225,27 @@ def compare_sides(
     """The report on two opened models, without answers."""
     tokens = quality_layers.batches(sequences)
     context = (first if first.engine else second).context
-    found, notes = None, []
-    if same_shapes(first, second):
-        found, *runs = quality_layers.compare(first, second, tokens, context, progress)
-    else:
-        notes.append("the models are of other shapes: figures of layers and tensors are left out")
-        runs = []
-        for side in (first, second):
-            ops = side.ops(context)
-            runs.append(
-                (ops, [] if side.engine else quality_layers.run((ops,), tokens, progress=progress)[0])
-            )
     size = max(1, _LOGITS // first.arch.vocab)
-    rows = [
-        map(torch.from_numpy, side.logits(sequences, size))
-        if side.engine
-        else quality_layers.logits(*run, size)
-        for side, run in zip((first, second), runs, strict=True)
-    ]
-    if found and first.engine:
-        _run_heads(runs, size)
+    reference = find_reference(first, second)
+    found, held, ours, theirs = None, reference.side, None, None
+    if held:
+        found, exact, theirs = quality_layers.compare(held, second, tokens, context, progress)
+        if held is first and not first.engine:
+            ours = exact
+        else:  # the head has not run that the second's is held against
+            for _ in quality_layers.logits(*exact, size):
+                pass
+
+    def rows(side: Side, run: tuple[quality_layers.TorchOps, States] | None) -> Iterator[Tensor]:
+        if side.engine:
+            return map(torch.from_numpy, side.logits(sequences, size))
+        if run is None:
+            ops = side.ops(context)
+            run = ops, quality_layers.run((ops,), tokens, progress=progress)[0]
+        return quality_layers.logits(*run, size)
+
     targets = torch.tensor(list(chain.from_iterable(sequence[1:] for sequence in sequences)))
-    figures = _Figures(rows, targets, progress)
+    figures = _Figures((rows(first, ours), rows(second, theirs)), targets, progress)
     return Quality(
         first=_model(first, figures.losses[0]),
         second=_model(second, figures.losses[1]),
@@ -242,15 +254,9 @@ def compare_sides(
         kl=_divergence(figures.kl),
         agreement=100 * float(figures.same.mean()),
         layers=_layers(found) if found else (),
-        tensors=_tensors(second, found) if found else (),
-        notes=tuple(notes),
+        tensors=_tensors(second, found, reference.inside) if found else (),
+        notes=(reference.note,) if reference.note else (),
     )
-
-
-def _run_heads(runs: Sequence[tuple[quality_layers.TorchOps, list[Tensor]]], size: int) -> None:
-    """The first model's head, which an engine ran: for what the second's makes of the same."""
-    for _ in quality_layers.logits(*runs[0], size):
-        pass
 
 
 class _Figures:
@@ -288,6 +294,7 @@ def _model(side: Side, losses: NDArray[np.float64]) -> Model:
         what=side.what,
         bits_per_weight=side.bits_per_weight,
         perplexity=float(np.exp(losses.mean())),
+        prepared=side.prepared,
     )
 
 
@@ -295,7 +302,7 @@ def _layers(found: Comparison) -> tuple[LayerQuality, ...]:
     return tuple(LayerQuality(layer=i, output_db=ratio.db) for i, ratio in enumerate(found.layers))
 
 
-def _tensors(side: Side, found: Comparison) -> tuple[TensorQuality, ...]:
+def _tensors(side: Side, found: Comparison, inside_too: bool) -> tuple[TensorQuality, ...]:
     def row(name: str, product: Ratio) -> TensorQuality:
         weight = name if name in found.weights else "embedding"  # a tied head
         inside = name.startswith("layers.")
@@ -308,7 +315,11 @@ def _tensors(side: Side, found: Comparison) -> tuple[TensorQuality, ...]:
             output_db=product.db,
         )
 
-    return tuple(row(name, product) for name, product in found.products.items())
+    return tuple(
+        row(name, product)
+        for name, product in found.products.items()
+        if inside_too or not name.startswith("layers.")
+    )
 
 
 def _asked(found: Quality, sides: Sequence[Side], questions: int, progress: Progress) -> Quality:

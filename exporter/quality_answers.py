@@ -1,7 +1,7 @@
 """Questions put to either side of a quality report, many at once, for exact answers."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from exporter.quantization.scheme import Scheme
 from exporter.quantization.tensor import QuantizedTensor
 from exporter.quantization.weights import Weights
 from exporter.tokenizer import Encoder
+from exporter.torch_ops import TorchOps
 
 ANSWER = 32  # tokens at most, as `gochu score` has it
 
@@ -47,23 +48,36 @@ def _by_engine(side: Side, prompts: Sequence[list[int]], eos: set[int]) -> Itera
     engine.close()
 
 
-@torch.no_grad()
 def _by_reference(side: Side, prompts: Sequence[list[int]], eos: set[int]) -> Iterator[tuple[int, list[int]]]:
-    """Prompts of one length together, until all have ended."""
-    same = defaultdict[int, list[int]](list)
-    for place, prompt in enumerate(prompts):
-        same[len(prompt)].append(place)
     kept = replace(side, weights=_Kept(side.weights))
-    for places in same.values():
-        ops, given, made = kept.ops(kept.context), torch.tensor([prompts[i] for i in places]), list[Tensor]()
-        while len(made) < ANSWER and not _ended(made, eos):
-            made.append(given := ops.run(given)[:, -1:].argmax(-1))
+    return greedy(lambda: kept.ops(kept.context), prompts, eos, ANSWER)
+
+
+@torch.no_grad()
+def greedy(
+    ops: Callable[[], TorchOps], prompts: Sequence[list[int]], eos: set[int], most: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Each prompt's place and the likeliest tokens after it, up to `most` or one of `eos`, which is left out.
+
+    Prompts of one length go together through what `ops` makes for each length, until all have ended.
+    """
+    stops = torch.tensor(sorted(eos))
+    for places, given in by_length(prompts):
+        model, made, ended = ops(), list[Tensor](), torch.zeros(len(places), dtype=torch.bool)
+        while len(made) < most and not ended.all():
+            made.append(given := model.run(given)[:, -1:].argmax(-1))
+            ended |= torch.isin(given[:, 0], stops)
         for place, ids in zip(places, torch.cat(made, 1).tolist(), strict=True):
-            yield place, ids[: next((i for i, token in enumerate(ids) if token in eos), ANSWER)]
+            yield place, ids[: next((i for i, token in enumerate(ids) if token in eos), most)]
 
 
-def _ended(made: Sequence[Tensor], eos: set[int]) -> bool:
-    return bool(made) and bool(torch.isin(torch.cat(list(made), 1), torch.tensor(list(eos))).any(1).all())
+def by_length(sequences: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+    """Places of sequences of one length, and their token ids [sequences, length]."""
+    places = defaultdict[int, list[int]](list)
+    for place, sequence in enumerate(sequences):
+        places[len(sequence)].append(place)
+    for some in places.values():
+        yield some, torch.tensor([sequences[place] for place in some])
 
 
 class _Kept:

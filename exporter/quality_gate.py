@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from runtimes.engines import runs_here, simulator
 if TYPE_CHECKING:
     from exporter.quality import Quality
     from exporter.quality_sides import Side
+    from exporter.quantization.folding import Scales
     from exporter.quantization.weights import Weights
 
 Progress = Callable[[str, int, int], None]
@@ -51,17 +52,19 @@ def hold(
     bounds: QualityBounds,
     quantized: Callable[[], "Weights"],
     progress: Progress = lambda what, done, total: None,
+    scales: "Scales | None" = None,
 ) -> Iterator[Check]:
     """A check for each model that the bundle's variants are: its weights, and its engine's rounding of activations.
 
     Weights are read from the variant's files; of a variant that has no reader, because nothing here runs it, they are
     those of `quantized`, which it was written from. Both models go through the reference decoder, a layer at a time.
+    `scales`: those that a preparation folded into its weights.
     """
     seen = set()
     for variant in bundle.manifest.variants:
         if (model := (variant.scheme, variant.engine)) not in seen:
             seen.add(model)
-            yield _check(bundle, variant, source, bounds, quantized, progress)
+            yield _check(bundle, variant, source, bounds, quantized, progress, scales)
 
 
 def _check(
@@ -71,6 +74,7 @@ def _check(
     bounds: QualityBounds,
     quantized: Callable[[], "Weights"],
     progress: Progress,
+    scales: "Scales | None",
 ) -> Check:
     from exporter.quality import TOKENS, compare_sides, text_for
     from exporter.quality_sides import Wanted, checkpoint_side, variant_side
@@ -82,7 +86,7 @@ def _check(
     readable = runs_here(variant) or simulator(variant)
     weights = stored_weights(bundle, variant) if readable else quantized()
     ours = checkpoint_side(source, Wanted(), Path(), say)
-    theirs: Side = variant_side(bundle, variant, weights)
+    theirs: Side = replace(variant_side(bundle, variant, weights), scales=scales)
     found = compare_sides(ours, theirs, text_for(ours, theirs, None, TOKENS), "held out", say)
     return _judge(found, variant, bounds)
 

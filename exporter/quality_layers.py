@@ -7,16 +7,14 @@ hundredth.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from exporter import decoder
 from exporter.quality_sides import Progress, Side
+from exporter.quantization.states import batches as together
 from exporter.torch_ops import TorchOps, pieces
-
-_TOKENS = 1024  # that go through a layer together
 
 States = list[Tensor]  # of all batches, [sequences, length, hidden] each
 
@@ -79,11 +77,8 @@ class _Measured(TorchOps):
 
 
 def batches(sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Token ids [sequences, length]: sequences in a row that are of one length, about 1,024 tokens together."""
-    made = []
-    for length, same in groupby(sequences, key=len):
-        made += torch.tensor([list(sequence) for sequence in same]).split(max(1, _TOKENS // length))
-    return made
+    """Token ids [sequences, length], as they go through a layer together."""
+    return [torch.tensor(sequences[some]) for some in together(map(len, sequences))]
 
 
 @torch.no_grad()
@@ -131,8 +126,3 @@ def logits(ops: TorchOps, states: States, size: int) -> Iterator[Tensor]:
     hidden = torch.cat([x[:, :-1].flatten(0, 1) for x in states])
     for rows in hidden.split(size):
         yield decoder.head(ops, ops.arch, rows[None])[0]
-
-
-def same_shapes(first: Side, second: Side) -> bool:
-    """Whether the two have the same layers, so that one's can be held against the other's."""
-    return dict(first.arch.matrices()) == dict(second.arch.matrices())

@@ -15,7 +15,7 @@ def plot(quality: Quality, path: Path) -> None:
     """
     check(path)
     if not quality.layers:
-        raise UsageError("there is nothing to draw: models of other shapes have no error by layer")
+        raise UsageError(f"there is nothing to draw by layer: {'; '.join(quality.notes)}")
     layers = len(quality.layers)
     with canvas(path, 9.5, 5.2) as (figure, fonts):
         axes = figure.add_subplot()

@@ -14,10 +14,11 @@ from exporter.checkpoint import Checkpoint, open_checkpoint, read_json
 from exporter.errors import UsageError
 from exporter.formats import find_format
 from exporter.quantization.calibration import LONGEST, calibration_sequences, text_digest
-from exporter.quantization.preparation import prepared_architecture
+from exporter.quantization.folding import Scales, folded
+from exporter.quantization.preparation import prepared_architecture, refuse_idle
 from exporter.quantization.recipe import Decision, Recipe
 from exporter.quantization.stage import quantize
-from exporter.quantization.weights import OneLayer, QuantizedWeights, Weights
+from exporter.quantization.weights import OneLayer, QuantizedWeights, SourceWeights, Weights
 from exporter.staging import Staging
 from exporter.stored import stored_weights
 from exporter.tokenizer import TextSide, bundled_text_side, read_text_side
@@ -55,7 +56,8 @@ class Side:
     """A model with its weights, and how its engine rounds what meets them.
 
     `what`: for a person, such as "int4 by gptq" or "onnx-int4 on onnxruntime 1.22.0". `source`: the checkpoint's.
-    `engine`: opens what runs the bundle, None for a checkpoint, which the reference decoder runs.
+    `engine`: opens what runs the bundle, None for a checkpoint, which the reference decoder runs. `prepared`: what was
+    done to its float weights, by name, and `scales`: those that a preparation found, None where they are not known.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Side:
     rounds: str
     context: int
     engine: Callable[[int], Engine] | None = None
+    prepared: tuple[str, ...] = ()
+    scales: Scales | None = None
 
     def ops(self, context: int, kind: type[TorchOps] = TorchOps) -> TorchOps:
         """The reference decoder on this side's weights, a layer of which is remembered.
@@ -136,39 +140,37 @@ def open_side(
 
 def checkpoint_side(source: Checkpoint, wanted: Wanted, work: Path, progress: Progress) -> Side:
     """A checkpoint as the reference decoder runs it."""
-    recipe = wanted.recipe or Recipe.uniform("fp32")
-    arch = prepared_architecture(source.architecture, recipe.prepare)
-    decisions = recipe.resolve(arch)
-    return Side(
+    side = Side(
         name=source.name,
-        what=_described(wanted, decisions),
+        what=FLOAT,
         source=source.source,
-        arch=arch,
+        arch=source.architecture,
         text=read_text_side(source),
-        weights=_quantized(source, recipe, wanted, decisions, work, progress),
+        weights=SourceWeights(source),
         rounds=wanted.activations,
         context=min(LONGEST, source.architecture.context),
     )
+    return side if wanted.recipe is None else _quantized(side, source, wanted.recipe, wanted, work, progress)
 
 
-def _described(wanted: Wanted, decisions: dict[str, Decision]) -> str:
-    if wanted.recipe is None:
-        return FLOAT
+def _described(recipe: Recipe, decisions: dict[str, Decision], activations: str) -> str:
     algorithms = dict.fromkeys(d.algorithm for d in decisions.values() if not d.scheme.is_float)
     by = f" by {', '.join(algorithms)}" if algorithms else ""
-    how = "" if wanted.activations == FLOAT else f", activations as {wanted.activations} rounds them"
-    return f"{wanted.recipe.name}{by}{how}"
+    how = "" if activations == FLOAT else f", activations as {activations} rounds them"
+    return f"{recipe.name}{by}{_after(recipe.prepare)}{how}"
+
+
+def _after(prepared: Sequence[str]) -> str:
+    return f" after {' and '.join(prepared)}" if prepared else ""
 
 
 def _quantized(
-    source: Checkpoint,
-    recipe: Recipe,
-    wanted: Wanted,
-    decisions: dict[str, Decision],
-    work: Path,
-    progress: Progress,
-) -> Weights:
-    context = min(LONGEST, source.architecture.context)
+    side: Side, source: Checkpoint, recipe: Recipe, wanted: Wanted, work: Path, progress: Progress
+) -> Side:
+    """A checkpoint's side with what a recipe makes of its weights."""
+    arch, context = prepared_architecture(source.architecture, recipe.prepare), side.context
+    decisions = recipe.resolve(arch)
+    refuse_idle(recipe.prepare, decisions)
     made = [source.fingerprint(), recipe.prepare, sorted(decisions.items()), text_digest(wanted.calibration)]
 
     def texts(training: bool) -> list[list[int]]:
@@ -177,7 +179,14 @@ def _quantized(
         )
 
     given, found = quantize(source, recipe, decisions, texts, context, Staging(work, repr(made)), progress)
-    return QuantizedWeights(given, decisions, found=found)
+    return replace(
+        side,
+        what=_described(recipe, decisions, wanted.activations),
+        arch=arch,
+        weights=QuantizedWeights(given, decisions, found=found),
+        prepared=recipe.prepare,
+        scales=folded(given),
+    )
 
 
 def _bundle(bundle: Bundle, name: str | None) -> Side:
@@ -194,14 +203,19 @@ def _bundle(bundle: Bundle, name: str | None) -> Side:
 
 
 def variant_side(bundle: Bundle, variant: Variant, weights: Weights) -> Side:
-    """A variant's weights, with the rounding of its engine, as the reference decoder runs them."""
+    """A variant's weights, with the rounding of its engine, as the reference decoder runs them.
+
+    Its manifest names the preparations; the scales that one found are not in a bundle.
+    """
+    made = tuple(bundle.manifest.recipe.get("prepare", ()))
     return Side(
         name=str(bundle.path),
-        what=f"{variant.name}, run by {variant.engine}",
+        what=f"{variant.name}{_after(made)}, run by {variant.engine}",
         source=bundle.manifest.model.source,
         arch=read_architecture(read_json(bundle.file("config.json"), required=True)),
         text=bundled_text_side(bundle),
         weights=weights,
         rounds=variant.engine if variant.engine in ROUNDINGS else FLOAT,
         context=variant.context,
+        prepared=made,
     )

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from exporter.quantization.recipe import Decision
 
+Scales = Mapping[str, NDArray[np.float32]]  # by the canonical name of what is divided by them
+
 _WIDEST = math.log(1e4)  # how far from their mean scales go: weights still are well within float16 then
 
 # What feeds each of a layer's linears, and scales each channel of its input.
@@ -59,19 +61,18 @@ def spread(arch: Architecture, linear: str, scales: NDArray[np.float32]) -> NDAr
 class Scaled:
     """A source's weights with scales folded in (a `checkpoint.Source`).
 
-    `scales`: float32 [channels], positive, by the canonical name of what is divided by them: "layers.0.mlp_norm", ...
-    Nothing is held but those.
+    `scales`: float32 [channels], positive, such as those of "layers.0.mlp_norm". Nothing is held but those.
     """
 
-    def __init__(self, source: Source, scales: Mapping[str, NDArray[np.float32]]) -> None:
-        self._source, self._scales = source, scales
+    def __init__(self, source: Source, scales: Scales) -> None:
+        self._source, self.scales = source, scales
         self.architecture = source.architecture
 
     def matrix(self, name: str) -> Matrix:
         """A weight matrix: its columns times the scales of what feeds it, its rows divided by its own."""
         matrix, feeding = self._source.matrix(name), before(name)
-        wide = self._scales.get(feeding) if feeding != name else None
-        own = self._scales.get(name)
+        wide = self.scales.get(feeding) if feeding != name else None
+        own = self.scales.get(name)
         if wide is None and own is None:
             return matrix
         factors = None if wide is None else spread(self.architecture, name, wide)
@@ -86,8 +87,13 @@ class Scaled:
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """A norm's weight or a bias, divided by the scales of what it belongs to."""
-        values, scales = self._source.vector(name), self._scales.get(name.removesuffix(".bias"))
+        values, scales = self._source.vector(name), self.scales.get(name.removesuffix(".bias"))
         return values if scales is None else values / scales
+
+
+def folded(source: Source) -> Scales | None:
+    """The scales that were folded into a source's weights last, None where there are none."""
+    return source.scales if isinstance(source, Scaled) else None
 
 
 def balanced(scales: NDArray[np.float32]) -> NDArray[np.float32]:

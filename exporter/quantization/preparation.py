@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from exporter.architecture import Architecture
 from exporter.checkpoint import Source
 from exporter.errors import RecipeError
-from exporter.quantization.folding import Linears
+from exporter.quantization.folding import Linears, Scaled, Scales
 from exporter.quantization.recipe import Decision, Recipe, calibrated
 from exporter.quantization.rotation import Rotated, rotated_architecture, turns_stream
 from exporter.quantization.scheme import Scheme
@@ -124,9 +124,10 @@ def needs_text(recipe: Recipe, decisions: Mapping[str, Decision]) -> bool:
     return bool(calibrated(decisions)) or finder(recipe.prepare) is not None
 
 
-def prepared(source: Source, names: Sequence[str]) -> Source:
-    """The source after those preparations that need no calibration text, which come before the others."""
+def prepared(source: Source, names: Sequence[str], scales: Scales | None = None) -> Source:
+    """The source after those preparations that need no calibration text, which come before the others; then with
+    `scales`, if others found some, folded in."""
     for name in names:
         if turn := PREPARATIONS[name].source:
             source = turn(source)
-    return source
+    return source if scales is None else Scaled(source, scales)

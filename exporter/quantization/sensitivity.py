@@ -14,11 +14,9 @@ by that is no better than chance, while by this one it is nearly that of `kl`.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +24,7 @@ from exporter import decoder
 from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint
 from exporter.errors import RecipeError, UsageError
+from exporter.quantization import states
 from exporter.quantization.calibration import require_tokens
 from exporter.quantization.recipe import Decision, calibrated, starting
 from exporter.quantization.scheme import Scheme
@@ -45,7 +44,6 @@ from exporter.torch_ops import TorchOps, look_up
 MEASURES = ("hessian", "kl")
 TOKENS = 4096  # of the calibration text at most
 LARGEST_KL = 200_000_000  # parameters of a model that `kl` holds in memory, and runs for each of its weights
-_TOGETHER = 1024  # tokens that go through a layer together, where their sequences are of one length
 _LOGITS = 1 << 25  # at a time, of which a handful of copies are made
 _SEED = 0
 _STATES, _GRADIENTS = "states.{}.f32", "gradients.{}.f32"
@@ -91,7 +89,7 @@ def measure_effects(
     ]
     exact = SourceWeights(source)
     others = [QuantizedWeights(source, way, found=each) for way, each in zip(ways, found, strict=True)]
-    sizes = list(_batches(sequences))
+    sizes = list(states.batches(map(len, sequences)))
     if measure == "kl":
         effects = _divergences(arch, exact, others, sizes, sequences, work, progress)
     else:
@@ -105,19 +103,8 @@ def measure_effects(
     return effects
 
 
-def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[slice]:
-    """Sequences in a row that are of one length, about `_TOGETHER` tokens of them."""
-    start = 0
-    for length, same in groupby(map(len, sequences)):
-        end, most = start + len(list(same)), max(1, _TOGETHER // length)
-        for first in range(start, end, most):
-            yield slice(first, min(first + most, end))
-        start = end
-
-
 class _Passes:
-    """Forward and backward through the float model; what crosses between layers lies in files, float32 [tokens,
-    hidden], all sequences behind each other."""
+    """Forward and backward through the float model; what crosses between layers lies in files."""
 
     def __init__(
         self,
@@ -132,8 +119,9 @@ class _Passes:
         self.arch, self.work, self.progress = arch, work, progress
         self.exact, self.others = OneLayer(exact), [OneLayer(weights) for weights in others]
         self.batches = [torch.tensor(sequences[some]) for some in batches]
-        self.tokens = sum(map(len, sequences))
-        self.context = max(map(len, sequences))
+        self.lengths = list(map(len, sequences))
+        self.tokens = sum(self.lengths)
+        self.context = max(self.lengths)
         self.say: Callable[[int], None] = lambda done: None  # of the step at work, how many tokens are done
 
     def effects(self) -> Effects:
@@ -161,7 +149,7 @@ class _Passes:
 
     def _embed(self, folder: Path) -> None:
         table = self.exact.matrix("embedding")
-        self._write(
+        states.write(
             folder / _STATES.format(0),
             (look_up(ids, table) * self.arch.embedding_scale for ids in self.batches),
         )
@@ -173,7 +161,7 @@ class _Passes:
                 yield decoder.layer(ops, self.arch, i, x)
                 ops.forget(i)
 
-        self._write(folder / _STATES.format(i + 1), outputs())
+        states.write(folder / _STATES.format(i + 1), outputs())
 
     def _head(self, folder: Path) -> dict[str, list[float]]:
         """The gradient of log p(y) of tokens y that the model draws; the head looks at each token by itself."""
@@ -199,7 +187,7 @@ class _Passes:
                 for part in x.reshape(1, -1, self.arch.hidden).split(most, 1):
                     yield gradient(part.clone())
 
-        self._write(folder / _GRADIENTS.format(self.arch.layers), gradients())
+        states.write(folder / _GRADIENTS.format(self.arch.layers), gradients())
         return probe.sums
 
     def _backward(self, i: int, folder: Path) -> dict[str, list[float]]:
@@ -215,7 +203,7 @@ class _Passes:
                 assert x.grad is not None
                 yield x.grad
 
-        self._write(folder / _GRADIENTS.format(i), gradients())
+        states.write(folder / _GRADIENTS.format(i), gradients())
         return probe.sums
 
     def _look_up(self, folder: Path) -> dict[str, list[float]]:
@@ -234,18 +222,11 @@ class _Passes:
     def _probe(self) -> "_Probe":
         return _Probe(self.arch, self.exact, self.context, list(map(self._ops, self.others)))
 
-    def _write(self, file: Path, states: Iterator[Tensor]) -> None:
-        with open(file, "wb") as out:
-            for x in states:
-                out.write(x.numpy().tobytes())
-
     def _read(self, file: Path) -> Iterator[Tensor]:
-        """Batches [sequences, length, hidden] of what `_write` wrote."""
-        states, row = np.memmap(file, np.float32, "r").reshape(-1, self.arch.hidden), 0
-        for ids in self.batches:
-            part = states[row : row + ids.numel()].reshape(*ids.shape, -1)
-            yield torch.from_numpy(part.copy())
-            row += ids.numel()
+        row = 0
+        for x in states.read(file, self.arch.hidden, self.lengths):
+            yield x
+            row += x.shape[0] * x.shape[1]
             self.say(row)
 
     def _say(self, name: str, before: int, total: int, done: int) -> None:
@@ -312,16 +293,16 @@ def _divergences(
     def batch(n: int, _: Path) -> dict[str, list[float]]:
         ids = torch.tensor(sequences[batches[n]])
         ops = TorchOps(arch, exact, context, rounded=0)
-        states = [decoder.embedding(ops, arch, ids)]
+        inputs = [decoder.embedding(ops, arch, ids)]
         for i in range(arch.layers):
-            states.append(decoder.layer(ops, arch, i, states[i]))
-        reference = decoder.head(ops, arch, states[-1]).log_softmax(-1)
+            inputs.append(decoder.layer(ops, arch, i, inputs[i]))
+        reference = decoder.head(ops, arch, inputs[-1]).log_softmax(-1)
         chances, costs = reference.exp(), dict[str, list[float]]()
         for done, name in enumerate(names):
             costs[name] = []
             for weights in others:
                 changed, first = TorchOps(arch, _One(exact, name, weights), context, rounded=0), start(name)
-                x = decoder.embedding(changed, arch, ids) if first < 0 else states[first]
+                x = decoder.embedding(changed, arch, ids) if first < 0 else inputs[first]
                 for i in range(max(first, 0), arch.layers):
                     x = decoder.layer(changed, arch, i, x)
                 found = decoder.head(changed, arch, x).log_softmax(-1)

@@ -8,7 +8,6 @@ and weights that are to be trained start from there (`quantization.qat`).
 from collections.abc import Callable, Mapping, Sequence
 
 from exporter.checkpoint import Source
-from exporter.quantization.folding import Scaled
 from exporter.quantization.preparation import finder, prepared
 from exporter.quantization.recipe import Decision, Recipe, calibrated, starting, trained
 from exporter.quantization.training import STEPS
@@ -42,7 +41,7 @@ def quantize(
         from exporter.quantization.streaming import quantize_layers  # here: it needs torch
 
         found = layers = quantize_layers(source, first, texts(False), context, work, progress, finding)
-        source = Scaled(source, layers.scales) if finding else source
+        source = prepared(source, (), layers.scales) if finding else source
     if trained(decisions):
         from exporter.quantization.qat import train
 

@@ -13,14 +13,13 @@ The head comes last, for the outputs of the final norm. Where it is the embeddin
 well as what its logit is: the Hessian of the products is then given a share of the identity, of which each weight is
 as important, so that neither use pays for the other. The layers before are given the embedding as it was.
 
-Hidden states lie in a file, of which those of about `_TOKENS` tokens are in memory. At the peak memory holds a layer in
+Hidden states lie in a file, of which a batch is in memory (`quantization.states`). At the peak memory holds a layer in
 float32, its Hessians, four more of the size of the widest one while that is factored, and about 0.5 GB for torch and
 the values on their way, however many layers there are; or the integers of the head, whose floats are made some rows at
 a time (benchmarks/quantization.py --large).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from torch import Tensor
 from exporter import decoder
 from exporter.architecture import Architecture
 from exporter.checkpoint import Matrix, Source
+from exporter.quantization import states
 from exporter.quantization.algorithms import find_algorithm
 from exporter.quantization.calibration import require_tokens
 from exporter.quantization.folding import Linears, Scaled, before
@@ -45,7 +45,6 @@ from exporter.safetensors import to_float32
 from exporter.staging import Staging
 from exporter.torch_ops import TorchOps, embedded
 
-_TOKENS = 1024  # that go through a layer together, where their sequences are of one length
 _COLUMNS = 512  # of a Hessian that are summed up together: what lies below its diagonal is copied
 LOOKED_UP = (
     0.3  # of the head's mean squared inputs, added to each where its rows are looked up too (measured)
@@ -113,12 +112,13 @@ def quantize_layers(
             if head == "embedding"
             else QuantizedWeights(source, decisions).matrix("embedding")
         )
-        work.step("embedding", lambda folder: _write(folder, 0, embedded(arch, table, sequences, context)))
+        given = embedded(arch, table, sequences, context)
+        work.step("embedding", lambda folder: states.write(folder / _STATES.format(0), given))
 
     def inputs(folder: Path, i: int, what: str, again: bool = False) -> Iterator[Tensor]:
         """What layer `i`, or the head behind all layers, is given."""
         done = (2 * i + again) * sum(lengths)
-        for x in _read(folder / _STATES.format(i), arch.hidden, lengths):
+        for x in states.read(folder / _STATES.format(i), arch.hidden, lengths):
             yield x
             done += x.shape[0] * x.shape[1]
             progress(f"quantize {what}", done, total)
@@ -134,7 +134,8 @@ def quantize_layers(
             del hessians
             if head or i + 1 < layers:
                 ops = TorchOps(arch, layer, context, rounded=0)
-                _write(folder, i + 1, (_through(ops, i, x) for x in inputs(folder, i, what, again=True)))
+                outputs = (_through(ops, i, x) for x in inputs(folder, i, what, again=True))
+                states.write(folder / _STATES.format(i + 1), outputs)
             return found
 
         figures |= work.step(_LAYER.format(i), make, spent=[_STATES.format(i)])
@@ -364,22 +365,3 @@ def _find(
 def _save(file: Path, tensors: Sequence[QuantizedTensor]) -> None:
     parts = {f"{tensor.name}.{part}": getattr(tensor, part) for tensor in tensors for part in _PARTS}
     np.savez(file, **{key: values for key, values in parts.items() if values is not None})
-
-
-def _write(folder: Path, i: int, states: Iterable[Tensor]) -> None:
-    """The input of layer `i`, all tokens behind each other, float32 [tokens, hidden]."""
-    with open(folder / _STATES.format(i), "wb") as file:
-        for x in states:
-            file.write(x.numpy().tobytes())
-
-
-def _read(file: Path, hidden: int, lengths: Sequence[int]) -> Iterator[Tensor]:
-    """Batches [sequences, length, hidden] of what `_write` wrote: sequences in a row that are of one length."""
-    states, row = np.memmap(file, np.float32, "r").reshape(-1, hidden), 0
-    for length, same in groupby(lengths):
-        left, most = len(list(same)), max(1, _TOKENS // length)
-        while left:
-            count = min(left, most)
-            part = states[row : row + count * length].reshape(count, length, hidden)
-            yield torch.from_numpy(part.copy())
-            left, row = left - count, row + count * length

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.architecture import Architecture
-from exporter.checkpoint import Source
+from exporter.checkpoint import Matrix, Source
 from exporter.errors import RecipeError
 from exporter.quantization.algorithms import find_algorithm
 from exporter.quantization.recipe import Decision
@@ -155,24 +155,28 @@ class SourceWeights:
         return self._source.vector(name)
 
 
-class FloatWeights:
-    """What other weights stand for, in float32, cut to the matrices and rows that `arch` has."""
+class WeightsSource:
+    """What weights stand for as a source (a `checkpoint.Source`), of which the matrices and rows that `architecture`
+    has are read."""
 
-    def __init__(self, weights: Weights, arch: Architecture) -> None:
-        self._weights, self._shapes = weights, dict(arch.matrices())
+    def __init__(self, weights: Weights, architecture: Architecture) -> None:
+        self._weights, self.architecture = weights, architecture
+        self._shapes = dict(architecture.matrices())
 
-    def scheme(self, name: str) -> Scheme:
-        """Float32."""
-        return Scheme(32)
-
-    def matrix(self, name: str) -> QuantizedTensor:
-        """A weight matrix, dequantized."""
-        shape = self._shapes[name]
-        return QuantizedTensor(name, Scheme(32), shape, self._weights.matrix(name).dequantize(0, shape[0]))
+    def matrix(self, name: str) -> Matrix:
+        """A weight matrix, dequantized a block of rows at a time."""
+        return Matrix(name, self._shapes[name], self._weights.matrix(name).dequantize)
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """A norm's weight or a bias."""
         return self._weights.vector(name)
+
+
+class FloatWeights(SourceWeights):
+    """What other weights stand for, in float32, cut to the matrices and rows that `arch` has."""
+
+    def __init__(self, weights: Weights, arch: Architecture) -> None:
+        super().__init__(WeightsSource(weights, arch))
 
 
 class Remembered:

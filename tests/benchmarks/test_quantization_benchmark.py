@@ -16,7 +16,6 @@ pytest.importorskip("transformers", reason="transformers is not installed: no mo
 import lessons  # noqa: E402
 import peers  # noqa: E402
 import quantization  # noqa: E402
-import subjects  # noqa: E402
 from common import Bound  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -77,12 +76,6 @@ def test_what_is_asked_was_never_taught():
 def test_texts_are_the_same_for_the_same_seed():
     first, again, other = (list(islice(lessons.conversations(seed), 50)) for seed in (3, 3, 4))
     assert first == again != other
-
-
-def test_sequences_of_one_length_go_together_and_keep_their_places():
-    batches = subjects.by_length([[1, 2], [3], [4, 5], [6]])
-    found = {tuple(places): batch.tolist() for places, batch in batches}
-    assert found == {(0, 2): [[1, 2], [4, 5]], (1, 3): [[3], [6]]}
 
 
 def test_a_checkpoint_gets_what_a_peer_found_and_nothing_else(tmp_path):

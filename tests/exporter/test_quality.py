@@ -220,6 +220,39 @@ def test_answers_are_what_the_bundle_says(bundles):
         assert answer_all(checkpoint_side(source, Wanted(), Path(), lambda *_: None), prompts) == said
 
 
+def test_prompts_of_one_length_go_together_and_keep_their_places():
+    from exporter.quality_answers import by_length
+
+    batches = by_length([[1, 2], [3], [4, 5], [6]])
+    found = {tuple(places): batch.tolist() for places, batch in batches}
+    assert found == {(0, 2): [[1, 2], [4, 5]], (1, 3): [[3], [6]]}
+
+
+def test_an_answer_ends_where_it_should(checkpoints):
+    """As transformers' own greedy search, at most so long and without the token that ends it."""
+    from exporter.quality_answers import greedy
+    from exporter.quantization.weights import SourceWeights
+    from exporter.torch_ops import TorchOps
+
+    model, prompts = checkpoints.model("qwen2"), [[5, 6, 7], [8, 9], [10, 11, 12]]
+    whole = [
+        model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=None)[
+            0, len(ids) :
+        ]
+        for ids in prompts
+    ]
+    stop = int(whole[2][3])  # ends one of two that go together
+    expected = []
+    for made in whole:
+        ids = made.tolist()
+        expected.append(ids[: ids.index(stop)] if stop in ids else ids)
+    with open_checkpoint(checkpoints.folder("qwen2")) as source:
+        weights, arch = SourceWeights(source), source.architecture
+        found = dict(greedy(lambda: TorchOps(arch, weights, 64, rounded=0), prompts, {stop}, 8))
+    assert [found[place] for place in range(3)] == expected
+    assert len(expected[2]) <= 3 < len(expected[0])
+
+
 def test_what_judges_does_not_calibrate():
     """No line of the shipped text stands in the other, and pepper's questions are others."""
     pieces = [

@@ -8,7 +8,7 @@ import torch
 from exporter import export
 from exporter.checkpoint import open_checkpoint
 from exporter.cli_matrix import Export
-from exporter.errors import UsageError
+from exporter.errors import GateFailed, UsageError
 from exporter.quality import TOKENS, compare
 from exporter.quality_gate import QualityBounds, _judge, hold
 from exporter.quantization.recipe import Recipe
@@ -92,6 +92,20 @@ def test_what_was_prepared_is_held_as_it_was_written(checkpoints, tmp_path, monk
     read = figures("read")
     monkeypatch.setattr("exporter.quality_gate.runs_here", lambda variant: False)
     assert figures("unread") == read
+
+
+def test_what_loses_most_is_told_of_what_was_prepared(checkpoints, tmp_path):
+    """Rounding to 4 bits loses about 20 dB; against weights that were not prepared it would be all."""
+    text = tmp_path / "보정.txt"
+    text.write_text("\n\n".join(f"고추 {i}개와 {i} plus {i}." for i in range(30)), encoding="utf-8")
+    options = {"scheme": "int4", "prepare": ("hadamard", "awq"), "calibration": text}
+    folder = checkpoints.folder(NAME)
+    with pytest.raises(GateFailed) as caught:
+        export(folder, tmp_path / "out", context=256, format="onnx", bounds=QualityBounds(1e-6), **options)
+    worst = compare(folder, activations="onnxruntime", **options).worst()
+    assert worst.name.startswith("layers.")
+    assert worst.output_db > 15
+    assert f"{worst.name} loses most (int4, {worst.output_db:.1f} dB)" in str(caught.value)
 
 
 def test_an_export_that_misses_leaves_nothing(checkpoints, tmp_path, gochu):

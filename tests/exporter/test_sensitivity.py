@@ -10,7 +10,7 @@ import torch
 
 from exporter.checkpoint import open_checkpoint
 from exporter.errors import RecipeError, UsageError
-from exporter.quantization import sensitivity
+from exporter.quantization import sensitivity, states
 from exporter.quantization.calibration import calibration_sequences
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.weights import QuantizedWeights
@@ -106,7 +106,7 @@ def test_it_is_the_mean_of_squared_gradients_times_errors(checkpoints, monkeypat
 def test_the_head_in_pieces_gives_the_same(checkpoints, monkeypatch, tmp_path):
     with open_checkpoint(checkpoints.folder("gemma2")) as source:
         whole = effects(source, tmp_path / "whole", Recipe.uniform("int4"))
-        monkeypatch.setattr(sensitivity, "_TOGETHER", 64)  # the sequences one by one
+        monkeypatch.setattr(states, "TOKENS", 64)  # the sequences one by one
         one = effects(source, tmp_path / "one", Recipe.uniform("int4"))
         assert [cost for (cost,) in one.values()] == pytest.approx(
             [cost for (cost,) in whole.values()], rel=1e-3
