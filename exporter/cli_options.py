@@ -23,7 +23,8 @@ SchemeOption = Annotated[
 AlgorithmOption = Annotated[
     str,
     typer.Option(
-        help="How integers are found: rtn (least error), rtn-absmax; gptq, gptq-act-order, qat (on a calibration text)."
+        help="How integers are found: rtn (least error), rtn-absmax, hqq; on a calibration text clip, gptq, "
+        "gptq-act-order, gptq-descent, qat. Tables: kmeans, kmeans-hessian."
     ),
 ]
 RecipeOption = Annotated[
