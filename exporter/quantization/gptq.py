@@ -5,12 +5,18 @@ arxiv.org/abs/2210.17323. An output's error on the calibration text is (w - q) H
 for all outputs. Inputs are rounded one after another; each one's error goes to those that come, by the rows of U,
 where UᵀU = H⁻¹ (the paper's Cholesky form), within a block at once and to those behind it together.
 
-Three things differ from the paper. A group's scale is the one of least squared error (`quantization.rtn`), on the
-portable grid, found when the group is reached. An input that the calibration text never used keeps its weights, nearest
-integers as without a text: another text may use it. And an output that rounding to nearest serves better on H, which
-feedback alone does not rule out, is rounded to nearest: no output's error is ever larger than without GPTQ.
+Four things differ from the paper. A group's scale is the one of least squared error (`quantization.rtn`), on the
+portable grid, found when the group is reached. Where it must be known before, because inputs are taken out of order or
+a group is all of them, that one cuts off too much: weights grow by the errors that they make up for. So larger ones are
+tried too, and each output keeps those of its least error. An input that the calibration text never used keeps its
+weights, nearest integers as without a text: another text may use it. And an output that rounding to nearest serves
+better on H, which feedback alone does not rule out, is rounded to nearest: no output's error is ever larger than
+without GPTQ.
 """
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +33,11 @@ from exporter.quantization.hessian import (
 )
 from exporter.quantization.rtn import Quantized, mse_scales, quantize_mse
 from exporter.quantization.scheme import Scheme
+from exporter.quantization.tensor import round_scales
 
 DAMPINGS = (DAMPING, 0.1, 1.0)  # of the mean of H's diagonal, tried in this order
 BLOCK = 128  # inputs whose errors reach those behind them together; groups divide it or are its multiples
+_SHARES = (0.85, 0.95, 1.05)  # of a group's largest weight: where integers end, half a step beyond the last
 _SOLVED = 256  # rows of a triangle, of which twice as many are inverted by halves
 _AT_ONCE = 1 << 23  # weights in memory as float32
 
@@ -48,20 +56,34 @@ def quantize_gptq(
     nearest, _, _ = quantize_mse(matrix, scheme)  # which refuses weights that the scheme cannot hold
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
     factor, note = _factor(matrix.name, hessian if order is None else hessian[order][:, order])
+    static = act_order or scheme.group is None or scheme.low_power
 
     def find(w: Tensor, rounded: Tensor, their_scales: Tensor) -> tuple[Tensor, Tensor]:
-        q, scales = _feed_back(w, their_scales, factor, scheme, order)
+        q, scales = rounded, their_scales
+        least = output_error(w - dequantized(q, scales), hessian)
+        for start in _starts(w, their_scales, scheme, static):
+            made = _feed_back(w, start, factor, scheme, order, static)
+            cost = output_error(w - dequantized(*made), hessian)
+            better = (cost < least)[:, None]
+            q, scales = (torch.where(better, *pair) for pair in zip(made, (q, scales), strict=True))
+            least = torch.minimum(cost, least)
         if sweeps:
+            q, scales = (part.T.contiguous() for part in (q, scales))
             high, free = 2 ** (scheme.bits - 1) - 1, not scheme.low_power
             descend(w.T.contiguous(), q, scales, hessian, high, sweeps, rescale=free)
-        q, scales = q.T, scales.T
-        cost, plain = (
-            output_error(w - dequantized(*made), hessian) for made in ((q, scales), (rounded, their_scales))
-        )
-        better = (cost < plain)[:, None]
-        return torch.where(better, q, rounded), torch.where(better, scales, their_scales)
+            q, scales = q.T, scales.T
+        return q, scales
 
     return found_by_rows(matrix, nearest, find, _AT_ONCE), note
+
+
+def _starts(w: Tensor, nearest: Tensor, scheme: Scheme, static: bool) -> Iterator[Tensor]:
+    """Scales [outputs, groups] to try, those of rounding to nearest first; of weights [outputs, inputs]."""
+    yield nearest
+    if static and not scheme.low_power and scheme.bits < 8:  # of 8 bits nothing is cut off
+        largest = w.reshape(*nearest.shape, -1).abs().amax(-1).numpy()
+        for share in _SHARES:
+            yield torch.from_numpy(round_scales(largest * np.float32(share / (2 ** (scheme.bits - 1) - 0.5))))
 
 
 def _factor(name: str, hessian: Tensor) -> tuple[Tensor, str]:
@@ -100,20 +122,18 @@ def _invert(upper: Tensor) -> None:
 
 
 def _feed_back(
-    w: Tensor, nearest: Tensor, factor: Tensor, scheme: Scheme, order: Tensor | None
+    w: Tensor, given: Tensor, factor: Tensor, scheme: Scheme, order: Tensor | None, static: bool
 ) -> tuple[Tensor, Tensor]:
-    """Integers (as float32) [inputs, outputs] and scales [groups, outputs] of weights [outputs, inputs].
+    """Integers (as float32) [outputs, inputs] and scales [outputs, groups] of weights [outputs, inputs].
 
-    `nearest`: the scales of rounding to nearest, which stay where inputs are taken out of order, where a group is all
-    of them, and where groups have a unit in common.
+    `given`: the scales if they are `static`; others are found when their group is reached.
     Inputs lie in rows here, so that a step works on a row and a group's scales are found as `rtn` finds them.
     """
     outputs, inputs = w.shape
     size, high = scheme.group or inputs, 2 ** (scheme.bits - 1) - 1
     w = w.T.clone(memory_format=torch.contiguous_format)
     groups = [i // size for i in (range(inputs) if order is None else order.tolist())]
-    static = order is not None or scheme.group is None or scheme.low_power
-    scales = nearest.T.clone(memory_format=torch.contiguous_format)
+    scales = given.T.clone(memory_format=torch.contiguous_format)
     if order is not None:
         w = w[order]
     q = torch.empty_like(w)
@@ -130,4 +150,4 @@ def _feed_back(
         w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     if order is not None:
         q[order] = q.clone()
-    return q, scales
+    return q.T, scales.T

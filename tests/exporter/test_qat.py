@@ -188,7 +188,7 @@ def test_no_steps_give_the_weights_it_starts_from(scheme, checkpoints, tmp_path)
 
 
 def test_only_what_the_recipe_says_is_trained(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(qat, "RATE", 0.05)
+    monkeypatch.setattr(qat, "RATE", 0.005)
     rules = (
         Rule(match="layers.1.mlp.*", scheme="int4", algorithm="qat"),
         Rule(match="head", scheme="int4", algorithm="qat"),
