@@ -156,3 +156,19 @@ def test_a_peer_that_is_better_or_quicker_misses_a_bound():
     ):
         peer = row("llmcompressor 1", divergence, seconds, ours=False)
         assert kept(quantization.against_peers([*table(), peer])) == wanted
+
+
+def test_training_follows_the_preparation_that_served_the_best(monkeypatch):
+    asked = []
+
+    def measured(subject, weights, scheme, algorithm, prepare=""):
+        asked.append((weights, scheme, algorithm, prepare))
+        yield row(algorithm, {"hadamard": 0.3, "awq": 0.2, "smoothquant": 0.4, "": 0.1}[prepare])
+
+    monkeypatch.setattr(quantization, "measured", measured)
+    rows = list(quantization.ours(None, ["int4", "pal4"]))
+    assert len(rows) == len(asked) == len(set(asked))
+    trained = [one for one in asked if one[2] == "qat" and one[3]]
+    assert trained == [("layers", "int4", "qat", "awq")]
+    assert asked[-1] == trained[0]
+    assert {prepare for _, scheme, _, prepare in asked if scheme == "pal4"} == {""}
