@@ -20,6 +20,7 @@ FOR = {
     "ane-palettized4": ("ane",),
     "ane-int8-channel": ("ane",),
     "hexagon-w4a16": ("hexagon",),
+    "hexagon-w4a16-gptq": ("hexagon",),
     "hexagon-w8a16": ("hexagon",),
 }
 OPTIONS = {
