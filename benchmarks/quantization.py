@@ -33,6 +33,7 @@ from exporter.quantization.algorithms import ALGORITHMS, DEFAULT, TABLE_ALGORITH
 from exporter.quantization.preparation import PREPARATIONS
 from exporter.quantization.recipe import Recipe, Rule
 from exporter.quantization.scheme import Scheme, parse_scheme
+from exporter.quantization.training import STEPS
 
 SCHEMES = ("int4", "int4-g128", "w4a16", "int3", "int3-g128", "int3-channel", "int8", "int8-channel", "pal4")
 PEER_SCHEMES = ("int4", "int4-g128", "w4a16", "int3-g128", "int8")
@@ -223,6 +224,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--questions", type=int, default=600, help="how many held-out questions")
+    parser.add_argument(
+        "--qat-steps", type=int, default=STEPS, help="how long qat trains; default: %(default)s"
+    )
     parser.add_argument("--peers", action="store_true", help="measure other projects' quantizers too")
     parser.add_argument("--repeats", type=int, default=1, help="of which a peer's quickest counts")
     parser.add_argument("--large", action="store_true", help="measure memory and time on a large shape too")
@@ -233,6 +237,7 @@ def main() -> None:
     with torch.no_grad(), tempfile.TemporaryDirectory() as work:
         for name in arguments.models:
             subject = SUBJECTS[name](arguments.questions)
+            subject.steps = arguments.qat_steps
             float_answers[name] = subject.float_answers
             made = list(told(ours(subject, arguments.schemes)))
             for peer in peers.PEERS if arguments.peers else ():

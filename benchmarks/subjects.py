@@ -25,6 +25,7 @@ from exporter.quality_answers import by_length, greedy
 from exporter.quantization.preparation import prepared_architecture
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.stage import quantize
+from exporter.quantization.training import STEPS
 from exporter.quantization.weights import FloatWeights, QuantizedWeights, Remembered
 from exporter.staging import Staging
 from exporter.tokenizer import Encoder, read_text_side
@@ -57,8 +58,10 @@ class Subject:
     """A model, its questions, the text that calibrates it, and what it says in float.
 
     `asked` have one right answer each, `told` have none; both are read, with their answers, for the divergence.
-    `texts`: of its training, whole conversations.
+    `texts`: of its training, whole conversations. `steps`: how long weights are trained, where they are.
     """
+
+    steps = STEPS
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class Subject:
         with tempfile.TemporaryDirectory() as work:
             staging = Staging(Path(work), "")
             given, found = quantize(
-                given, recipe, decisions, lambda training: self.sequences, CONTEXT, staging
+                given, recipe, decisions, lambda training: self.sequences, CONTEXT, staging, steps=self.steps
             )
             made = QuantizedWeights(given, decisions, found=found)
             kept = Kept(made, given.architecture)
