@@ -251,7 +251,8 @@ def test_shipped_recipes_fit_every_family(name, family, checkpoints):
 
 def test_a_recipe_that_is_not_shipped(tmp_path):
     with pytest.raises(
-        RecipeError, match=r"no recipe 'hexagon': use one of .*hexagon-w4a16, hexagon-w4a16-gptq, hexagon-w8a16, .* or a TOML"
+        RecipeError,
+        match=r"no recipe 'hexagon': use one of .*hexagon-w4a16, hexagon-w4a16-gptq, hexagon-w8a16, .* or a TOML",
     ):
         find_recipe("hexagon")
     (tmp_path / "own.toml").write_text('name = "own"\n[[rules]]\nmatch = "*"\nscheme = "w8a16"\n')
