@@ -45,8 +45,8 @@ class Asked:
 
     @property
     def prepared(self) -> tuple[str, ...]:
-        """What is done to the weights before, by the recipe's word or the user's."""
-        return (self.recipe.prepare if self.recipe else ()) or self.prepare
+        """What is done to the weights before, by the recipe's word or the user's; UsageError if both say so."""
+        return self.recipe.after(self.prepare).prepare if self.recipe else self.prepare
 
     def schemes(self) -> tuple[Scheme, ...]:
         """The schemes asked for; () where they are planned."""
@@ -205,7 +205,7 @@ def _way(route: Route, request: Request) -> Way | Refused:
 def _offered(route: Route, arch: Architecture, asked: Asked) -> dict[Recipe, Planned | None]:
     """What was asked for, or what the table plans by the model's size."""
     if asked.recipe:
-        return {asked.recipe.model_copy(update={"prepare": asked.prepared}): None}
+        return {asked.recipe.after(asked.prepare): None}
     if asked.scheme:
         return {Recipe.uniform(asked.scheme, asked.algorithm, asked.prepare): None}
     planned = route.small if arch.parameters < SMALL_MODEL else route.large

@@ -167,10 +167,6 @@ def _require_sense(arch: Architecture, asked: Asked) -> None:
     """UsageError or PlanRefused for what no device could have."""
     if asked.recipe and (asked.scheme or asked.algorithm != "rtn"):
         raise UsageError("a recipe says scheme and algorithm itself: give a recipe, or those two")
-    if asked.recipe and asked.recipe.prepare and asked.prepare:
-        raise UsageError(
-            f"recipe {asked.recipe.name} says itself what it prepares: drop --prepare or that line of it"
-        )
     if asked.context is not None and not SHORTEST <= asked.context <= arch.context:
         raise PlanRefused(
             f"a context of {asked.context} tokens was asked for, but this model was trained for {arch.context}: "

@@ -161,14 +161,10 @@ def compare(
         )
     if recipe is not None and (scheme is not None or algorithm != DEFAULT):
         raise UsageError("a recipe says schemes and algorithms itself: leave out --scheme and --algorithm")
-    if recipe is not None and recipe.prepare and prepare:
-        raise UsageError(
-            f"recipe {recipe.name} says itself what it prepares: drop --prepare or that line of it"
-        )
     if scheme is not None:
         recipe = Recipe.uniform(scheme, algorithm, prepare)
     elif recipe is not None:
-        recipe = recipe.model_copy(update={"prepare": prepare or recipe.prepare})
+        recipe = recipe.after(prepare)
     elif algorithm != DEFAULT:
         raise UsageError(
             f"{algorithm} finds integers of a scheme: give --scheme or --recipe with --algorithm"

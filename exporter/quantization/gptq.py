@@ -49,8 +49,8 @@ def quantize_gptq(
     """Integers of least error on the inputs that `hessian` is of, and a note where it needed more damping.
 
     `hessian`: the mean of x xᵀ over the weight's inputs x, float32 [inputs, inputs]. `act_order`: inputs with the
-    largest activations first, while they can still be made up for; groups then keep the scales of the weights as they
-    were, so that they stay what they are in every format. `sweeps`: how often all are chosen anew afterwards
+    largest activations first, while they can still be made up for; groups then have scales that are known before,
+    so that they stay what they are in every format. `sweeps`: how often all are chosen anew afterwards
     (`quantization.descent`). RecipeError if the Hessian is not one.
     """
     nearest, _, _ = quantize_mse(matrix, scheme)  # which refuses weights that the scheme cannot hold

@@ -14,7 +14,24 @@ from exporter.quantization.tensor import QuantizedTensor, pack
 from exporter.safetensors import to_float32
 
 DAMPING = 0.01  # of the mean of the diagonal, as in GPTQ (arXiv 2210.17323): another text may use what this one did not
-_COLUMNS = 512  # of a Hessian that are multiplied together; those before them are not multiplied again
+_COLUMNS = (
+    512  # of a Hessian that are worked on together: of what lies below its diagonal nothing is computed again
+)
+
+
+def add_squares(hessian: Tensor, x: Tensor) -> None:
+    """Add xᵀx of x [tokens, inputs] to a Hessian, the blocks of columns on the diagonal and above it."""
+    for start in range(0, len(hessian), _COLUMNS):
+        stop = start + _COLUMNS
+        hessian[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+
+def make_mean(hessian: Tensor, tokens: int) -> None:
+    """What `add_squares` added up of `tokens` becomes their mean, below the diagonal too."""
+    hessian /= tokens
+    for start in range(0, len(hessian), _COLUMNS):
+        stop = start + _COLUMNS
+        hessian[stop:, start:stop] = hessian[start:stop, stop:].T
 
 
 def refuse_not_finite(name: str, hessian: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exporter.architecture import Architecture
-from exporter.errors import RecipeError
+from exporter.errors import RecipeError, UsageError
 from exporter.quantization.algorithms import DEFAULT, find_algorithm, resolve_algorithm
 from exporter.quantization.scheme import Scheme, fit_scheme, parse_scheme
 
@@ -49,6 +49,14 @@ class Recipe(BaseModel):
         """One scheme for every weight matrix."""
         rule = Rule(match="*", scheme=scheme, algorithm=algorithm)
         return cls(name=scheme, prepare=prepare, rules=(rule,))
+
+    def after(self, prepare: tuple[str, ...]) -> "Recipe":
+        """The same, with the weights prepared before as `prepare` says; UsageError if the recipe says so itself."""
+        if self.prepare and prepare:
+            raise UsageError(
+                f"recipe {self.name} says itself what it prepares: drop --prepare or that line of it"
+            )
+        return self.model_copy(update={"prepare": self.prepare or prepare})
 
     def resolve(self, arch: Architecture, fit: Fit = lambda scheme: (scheme, "")) -> dict[str, "Decision"]:
         """What each weight matrix of `arch` becomes; RecipeError if a rule or a tensor is left over.

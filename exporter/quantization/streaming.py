@@ -35,6 +35,7 @@ from exporter.quantization import states
 from exporter.quantization.algorithms import find_algorithm
 from exporter.quantization.calibration import require_tokens
 from exporter.quantization.folding import Linears, Scaled, before
+from exporter.quantization.hessian import add_squares, make_mean
 from exporter.quantization.preparation import Preparation
 from exporter.quantization.recipe import Decision, calibrated
 from exporter.quantization.rtn import Quantized
@@ -45,7 +46,6 @@ from exporter.safetensors import to_float32
 from exporter.staging import Staging
 from exporter.torch_ops import TorchOps, embedded
 
-_COLUMNS = 512  # of a Hessian that are summed up together: what lies below its diagonal is copied
 LOOKED_UP = (
     0.3  # of the head's mean squared inputs, added to each where its rows are looked up too (measured)
 )
@@ -256,14 +256,14 @@ def _hessians(
         if not layer.needed.isdisjoint(names):
             if names not in sums:
                 sums[names] = torch.zeros(size, size)
-            _add_squares(sums[names], x.reshape(-1, size))
+            add_squares(sums[names], x.reshape(-1, size))
 
     ops = _Recorder(arch, layer, context, see)
     for x in batches:
         _through(ops, i, x)
         tokens += x.shape[0] * x.shape[1]
     for hessian in sums.values():
-        _make_mean(hessian, tokens)
+        make_mean(hessian, tokens)
     return sums
 
 
@@ -274,27 +274,12 @@ def _head_hessian(source: Source, context: int, batches: Iterable[Tensor]) -> Te
     hessian = torch.zeros(arch.hidden, arch.hidden)
     for x in batches:
         normed = ops.rms_norm(x, "final_norm").reshape(-1, arch.hidden)
-        _add_squares(hessian, normed)
+        add_squares(hessian, normed)
         tokens += len(normed)
-    _make_mean(hessian, tokens)
+    make_mean(hessian, tokens)
     if arch.tied:
         hessian.diagonal().add_(LOOKED_UP * hessian.diagonal().mean())
     return hessian
-
-
-def _add_squares(hessian: Tensor, x: Tensor) -> None:
-    """Add xᵀx of x [tokens, inputs], the blocks of columns on the diagonal and above it."""
-    for start in range(0, len(hessian), _COLUMNS):
-        stop = start + _COLUMNS
-        hessian[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
-
-
-def _make_mean(hessian: Tensor, tokens: int) -> None:
-    """What was added up of `tokens` becomes the mean, below the diagonal too."""
-    hessian /= tokens
-    for start in range(0, len(hessian), _COLUMNS):
-        stop = start + _COLUMNS
-        hessian[stop:, start:stop] = hessian[start:stop, stop:].T
 
 
 def _through(ops: TorchOps, i: int, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from exporter import export
 from exporter.checkpoint import open_checkpoint
 from exporter.errors import RecipeError, UsageError
 from exporter.plan import make_plan
-from exporter.quantization import states, streaming
+from exporter.quantization import hessian, states, streaming
 from exporter.quantization.algorithms import ALGORITHMS, Algorithm
 from exporter.quantization.calibration import calibration_sequences
 from exporter.quantization.recipe import Recipe, Rule, calibrated
@@ -88,7 +88,7 @@ HOOKED = {"attention.o": "self_attn.o_proj", "mlp.down": "mlp.down_proj"}
 
 def test_hessians_are_those_that_transformers_gives(family, checkpoints, monkeypatch, tmp_path):
     """Of the first layer, which gets just what the model gets; columns summed up in unequal parts."""
-    monkeypatch.setattr(streaming, "_COLUMNS", 100)
+    monkeypatch.setattr(hessian, "_COLUMNS", 100)
     monkeypatch.setattr(states, "TOKENS", 130)  # two of the long sequences go together, and then the third
     recorded = Recording(monkeypatch)
     run(checkpoints.folder(family), tmp_path / "work", exact_embedding("int8-channel"), context=64)
